@@ -1,0 +1,98 @@
+"""The command line.
+
+    lmim train CONFIG [section.key=value ...]        pretrain; under a launcher or alone; started again it goes on
+    lmim eval knn CONFIG [section.key=value ...]     nearest-neighbour accuracy beside raw pixels and a random encoder
+    lmim report RUN_FOLDER                           draw RUN_FOLDER/report.png
+
+CONFIG is a YAML file or a run folder. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 75
+stopped by a signal after a checkpoint, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from lmim import __version__
+from lmim.config import ConfigError, load_config
+from lmim.train import TrainingError, train
+
+OTHER_RANKS_WAIT_S = 3.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code; users' mistakes end in one line."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except (ConfigError, TrainingError) as error:
+        # All ranks see most mistakes: the first speaks, and the launcher ends the others before they repeat it.
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(OTHER_RANKS_WAIT_S)
+        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("lmim", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=__version__)
+    # given by the deepspeed launcher, ahead of everything; the rank is read from the environment
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="pretrain")
+    _add_config(command)
+    command.set_defaults(run=_train)
+
+    evaluations = commands.add_parser("eval", help="evaluate a checkpoint").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    command = evaluations.add_parser("knn", help="nearest-neighbour accuracy by both protocols")
+    _add_config(command)
+    command.add_argument("--checkpoint", type=Path, help="run folder, checkpoint or .pth file; default: run.folder")
+    command.add_argument("--which", choices=("online", "target"), default="online", help="encoder (default: online)")
+    command.set_defaults(run=_eval_knn)
+
+    command = commands.add_parser("report", help="draw a run")
+    command.add_argument("run_folder", type=Path)
+    command.set_defaults(run=_report)
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="YAML file or run folder")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    return train(load_config(parsed.config, parsed.overrides))
+
+
+def _eval_knn(parsed: argparse.Namespace) -> int:
+    from lmim.eval.knn import evaluate_checkpoint
+
+    config = load_config(parsed.config, parsed.overrides)
+    results = evaluate_checkpoint(config, parsed.checkpoint or Path(config.run.folder), parsed.which)
+    if results is None:
+        return 0  # another rank prints
+    print(f"{'features':18} {'leave-one-out 1-NN (released)':>32} {f'gallery {config.eval.k}-NN (common)':>24}")
+    for name, accuracy in results.items():
+        print(f"{name:18} {100 * accuracy['leave_one_out']:30.2f} % {100 * accuracy['gallery']:22.2f} %")
+    print(json.dumps(results))
+    return 0
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from lmim.eval.report import report
+
+    print(json.dumps(report(parsed.run_folder)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,402 @@
+"""The configuration: every option, its default, and one check of the whole before anything starts.
+
+Owns the dataclasses (the only place with defaults), how files and overrides are read, durations, and `validate`. The
+invariants: dataclass defaults < `base:` file < file < `section.key=value`; an unknown key is an error; every complaint
+is one line that names the key, its value, what is allowed and how to mend it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+VARIANTS = {
+    "tiny": dict(embed_dim=192, depth=12, num_heads=3, patch_size=16),
+    "small": dict(embed_dim=384, depth=12, num_heads=6, patch_size=16),
+    "base": dict(embed_dim=768, depth=12, num_heads=12, patch_size=16),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16, patch_size=16),
+    "huge": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
+}
+
+
+class ConfigError(ValueError):
+    """A user's mistake: one line that names the key, its value, what is allowed and how to mend it."""
+
+
+@dataclass
+class RunConfig:
+    folder: str = "runs/latent_mim"  # config, logs, checkpoints and figures of this run
+    name: str = ""  # shown by wandb; empty: the folder's last part
+    seed: int = 0  # weights, order of samples, crops, flips, gaps and masks follow from it
+
+
+@dataclass
+class ModelConfig:
+    variant: str = "base"  # tiny, small, base, large or huge; the next four override its parts
+    embed_dim: Optional[int] = None
+    depth: Optional[int] = None
+    num_heads: Optional[int] = None
+    patch_size: Optional[int] = None  # px
+    grid_size: int = 14  # cells a side
+    patch_gap: int = 4  # px between patches; the crop is grid_size · (patch_size + patch_gap) px
+    mlp_ratio: float = 4.0
+    projector_dim: int = 4096
+    projector_depth: int = 3  # 0: no projector
+    decoder_dim: int = 512
+    decoder_depth: int = 3
+    decoder_num_heads: int = 16
+    visual_cues: bool = True  # mask tokens start from the visible tokens nearby
+    learnable_positions: bool = False
+    drop_path: float = 0.0  # of the online encoder; grows linearly with depth to this rate
+    dropout: float = 0.0  # of the online encoder's branches
+
+
+@dataclass
+class ObjectiveConfig:
+    loss: str = "infonce"  # infonce, norm_l2, mse, l1, smooth_l1 or cosine
+    temperature: float = 0.2
+    num_visible: int = 20  # of grid_size² cells
+    target_input: str = "masked"  # what the target encoder sees: masked patches, or all
+    gap_jitter: str = "released"  # offsets 0 … gap − 1 as released, or full: 0 … gap
+    similarity_weight: float = 0.0  # of the penalty that steers the mean patch similarity; 0: off
+    similarity_start: float = 0.75
+    similarity_end: float = 0.25
+    momentum: float = 0.99  # of the target at the start; goes to 1 along half a cosine
+
+
+@dataclass
+class DataConfig:
+    train: str = "embedded:train"  # folder of tar shards (tools/shard_images.py), or the embedded images
+    eval: str = "embedded:eval"  # labelled shards for nearest-neighbour accuracy; empty: none
+    global_batch: int = 1024  # images per optimizer step over all ranks
+    micro_batch: Optional[int] = None  # images per forward on one rank; empty: global_batch / ranks
+    crop_size: Optional[int] = None  # px; empty: grid_size · (patch_size + patch_gap), which it must equal
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # share of the image's area
+    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])
+    flip: bool = True
+    block_shards: int = 64  # shards whose samples are shuffled together
+    workers: Optional[int] = None  # loader processes per rank; empty: from the number of cores
+
+
+@dataclass
+class OptimConfig:
+    duration: str = "300ep"  # durations: 800ep (epochs), 125000st (steps), 5% (of the whole run)
+    warmup: str = "30ep"
+    base_lr: float = 1.5e-4  # the peak is base_lr · global_batch / 256
+    floor: float = 0.25  # share of the peak where the learning rate starts and ends
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    clip_norm: float = 0.0  # of the whole gradient; 0: no clipping
+
+
+@dataclass
+class PrecisionConfig:
+    compute: str = "bf16"  # bf16 autocast over fp32 weights, or fp32
+    reduce: str = "fp32"  # gradients are summed over ranks in fp32 or bf16
+
+
+@dataclass
+class ParallelConfig:
+    backend: str = "deepspeed"  # deepspeed, or local: one process
+    zero_stage: int = 1  # deepspeed: 0 or 1
+    timeout_minutes: float = 30.0  # of any collective
+
+
+@dataclass
+class LogConfig:
+    every: str = "10st"  # how often values leave the device, and the progress line moves
+    wandb: str = "off"  # off, online or offline
+    wandb_project: str = "lmim"
+
+
+@dataclass
+class EvalConfig:
+    knn_every: str = "10%"  # leave-one-out accuracy on data.eval while training; 0st: never
+    resize: Optional[int] = None  # px of the short side; empty: the crop · 256 / 224
+    batch: int = 250  # images per forward
+    k: int = 20  # gallery protocol: neighbours that vote
+    temperature: float = 0.07  # gallery protocol: votes weigh exp(cosine / temperature)
+
+
+@dataclass
+class CheckpointConfig:
+    every: str = "10%"
+    keep: int = 2  # newest ones kept
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+# What a resumed run may change: where things lie and how the work is split, not what is computed. The data's identity
+# is its shards' checksum, kept by the checkpoint, not its path.
+NEUTRAL = ("run.folder", "run.name", "data.train", "data.eval", "data.micro_batch", "data.workers", "data.crop_size",
+           "parallel.", "log.", "eval.", "checkpoint.")  # fmt: skip
+
+CHOICES = {
+    "model.variant": tuple(VARIANTS),
+    "objective.loss": ("infonce", "norm_l2", "mse", "l1", "smooth_l1", "cosine"),
+    "objective.target_input": ("masked", "all"),
+    "objective.gap_jitter": ("released", "full"),
+    "precision.compute": ("bf16", "fp32"),
+    "precision.reduce": ("fp32", "bf16"),
+    "parallel.backend": ("deepspeed", "local"),
+    "parallel.zero_stage": (0, 1),
+    "log.wandb": ("off", "online", "offline"),
+}
+POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_size", "model.grid_size",
+            "model.mlp_ratio", "model.projector_dim", "model.decoder_dim", "model.decoder_depth",
+            "model.decoder_num_heads", "objective.temperature", "objective.num_visible", "data.global_batch",
+            "data.micro_batch", "data.block_shards", "optim.base_lr", "optim.eps", "parallel.timeout_minutes",
+            "eval.resize", "eval.batch", "eval.k", "eval.temperature", "checkpoint.keep")  # fmt: skip
+NOT_NEGATIVE = ("run.seed", "model.patch_gap", "model.projector_depth", "objective.similarity_weight", "data.workers",
+                "optim.weight_decay", "optim.clip_norm")  # fmt: skip
+UNIT_INTERVAL = ("objective.momentum", "optim.floor", "optim.betas", "data.crop_scale")
+BELOW_ONE = ("model.drop_path", "model.dropout")
+
+
+# --- durations -------------------------------------------------------------------------------------------------------
+
+
+def duration_steps(text: str, *, steps_per_epoch: float, total_steps: int = 0, key: str = "duration") -> int:
+    """Return how many optimizer steps '800ep', '125000st' or '5%' (of `total_steps`) are, rounded up."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ep|st|%)", text.strip())
+    if not match:
+        raise ConfigError(f"{key} ({text}) is no duration: write 800ep (epochs), 125000st (steps) or 5% (of the run)")
+    number, unit = float(match[1]), match[2]
+    if unit == "%" and not total_steps:
+        raise ConfigError(
+            f"{key} ({text}) cannot be a share of the run it defines: write epochs (800ep) or steps (9st)"
+        )
+    per_unit = {"ep": steps_per_epoch, "st": 1.0, "%": total_steps / 100}[unit]
+    return math.ceil(round(number * per_unit, 6))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, the files its `base:` names, and `section.key=value` overrides into a `Config`.
+
+    A folder stands for the `config.yaml` inside it (a run's own resolved configuration).
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.yaml"
+    config = OmegaConf.structured(Config)
+    for source, key, value in [*_file_items(path, ()), *_override_items(overrides)]:
+        _assign(config, source, key, value)
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _file_items(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, str, Any]]:
+    if not path.is_file():
+        near = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        hint = difflib.get_close_matches(str(path), near, n=1)
+        raise ConfigError(f"config file {path} does not exist" + (f"; did you mean {hint[0]}?" if hint else ""))
+    if path.resolve() in seen:
+        raise ConfigError(f"base ({path}) leads back to itself: remove one `base:` of {', '.join(map(str, seen))}")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path} holds a {type(content).__name__}; it must hold sections: {_sections()}")
+    base = content.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"base ({base}) in {path} must be one file name")
+        yield from _file_items(path.parent / base, (*seen, path.resolve()))
+    for section, keys in content.items():
+        if isinstance(keys, dict):
+            yield from ((str(path), f"{section}.{key}", value) for key, value in keys.items())
+        else:
+            yield str(path), str(section), keys
+
+
+def _override_items(overrides: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{text}' is not of the form section.key=value")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"]))["value"]
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{key}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+        yield "the command line", key, value
+
+
+def _sections() -> str:
+    return ", ".join(f.name for f in dataclasses.fields(Config))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return {'section.key': value} for every option."""
+    return {f"{section}.{key}": value for section, keys in dataclasses.asdict(config).items()
+            for key, value in keys.items()}  # fmt: skip
+
+
+def _assign(config: Any, source: str, key: str, value: Any) -> None:
+    known = flatten(Config())
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"sections are {_sections()}"
+        raise ConfigError(f"{key} (in {source}) is not an option; {hint}")
+    try:
+        OmegaConf.update(config, key, value)
+    except OmegaConfBaseException as error:
+        default = known[key]
+        section, name = key.split(".")
+        annotation = next(f.type for f in dataclasses.fields(getattr(Config(), section)) if f.name == name)
+        wanted = (
+            str(annotation).replace("Optional[", "").replace("]", "", 1)
+            if "Optional" in str(annotation)
+            else annotation
+        )
+        raise ConfigError(f"{key} ({value!r} in {source}) must be of type {wanted}, such as {default!r}") from error
+
+
+# --- what follows from it --------------------------------------------------------------------------------------------
+
+
+def model_dimensions(model: ModelConfig) -> dict[str, int]:
+    """Return embed_dim, depth, num_heads and patch_size: the variant's, where not set by themselves."""
+    chosen = dict(VARIANTS[model.variant])
+    return {key: getattr(model, key) if getattr(model, key) is not None else chosen[key] for key in chosen}
+
+
+def crop_size(model: ModelConfig) -> int:
+    """Return the side in px of the crop that the grid of patches with gaps needs."""
+    return model.grid_size * (model_dimensions(model)["patch_size"] + model.patch_gap)
+
+
+def result_options(config: Config) -> dict[str, Any]:
+    """Return the options that affect the result, by dotted key: what a resumed run may not change."""
+    dims = {f"model.{key}": value for key, value in model_dimensions(config.model).items()}
+    kept = {
+        k: v
+        for k, v in flatten(config).items()
+        if not any(k == n or (n[-1] == "." and k.startswith(n)) for n in NEUTRAL)
+    }
+    return {**kept, **dims}
+
+
+def config_hash(config: Config) -> str:
+    """Return a hex digest of the options that affect the result."""
+    return hashlib.sha256(json.dumps(result_options(config), sort_keys=True).encode()).hexdigest()
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+
+
+# --- the one check ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a step's images are split: accumulate micro-batches of micro_batch images on each of world_size ranks."""
+
+    world_size: int
+    micro_batch: int
+    accumulate: int
+
+
+def validate(config: Config, world_size: int) -> Split:
+    """Check the whole configuration for a number of ranks and return how a batch is split over them."""
+    flat = flatten(config)
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise ConfigError(f"{key} ({flat[key]}) must be one of {', '.join(map(str, allowed))}")
+    _check_ranges(flat)
+    _check_model(config)
+    for key in ("optim.duration", "optim.warmup", "log.every", "eval.knn_every", "checkpoint.every"):
+        total = 0 if key == "optim.duration" else 100
+        duration_steps(flat[key], steps_per_epoch=1.0, total_steps=total, key=key)
+    if config.parallel.backend == "local" and world_size > 1:
+        raise ConfigError(f"parallel.backend (local) runs one process, not {world_size}: choose deepspeed")
+    return _split(config, world_size)
+
+
+def _check_ranges(flat: dict[str, Any]) -> None:
+    rules = [(POSITIVE, lambda x: x > 0, "above 0"), (NOT_NEGATIVE, lambda x: x >= 0, "0 or above"),
+             (UNIT_INTERVAL, lambda x: 0 <= x <= 1, "from 0 to 1"), (BELOW_ONE, lambda x: 0 <= x < 1, "from 0 to below 1")]  # fmt: skip
+    for keys, holds, words in rules:
+        for key in keys:
+            values = flat[key] if isinstance(flat[key], list) else [flat[key]]
+            if any(value is not None and not holds(value) for value in values):
+                raise ConfigError(f"{key} ({flat[key]}) must be {words}")
+    for key in ("optim.betas", "data.crop_scale", "data.crop_ratio"):
+        if len(flat[key]) != 2 or (key != "optim.betas" and not 0 < flat[key][0] <= flat[key][1]):
+            raise ConfigError(
+                f"{key} ({flat[key]}) must be two numbers, the smaller first, such as {flatten(Config())[key]}"
+            )
+
+
+def _check_model(config: Config) -> None:
+    model, dims = config.model, model_dimensions(config.model)
+    for dim_key, dim, heads_key, heads in (
+        ("model.embed_dim", dims["embed_dim"], "model.num_heads", dims["num_heads"]),
+        ("model.decoder_dim", model.decoder_dim, "model.decoder_num_heads", model.decoder_num_heads),
+    ):
+        if dim % heads:
+            raise ConfigError(f"{dim_key} ({dim}) is not divisible by {heads_key} ({heads})")
+        if dim % 4:
+            raise ConfigError(
+                f"{dim_key} ({dim}) must be a multiple of 4 for the position table: take {dim // 4 * 4 + 4}"
+            )
+    cells = model.grid_size**2
+    if config.objective.num_visible >= cells:
+        raise ConfigError(f"objective.num_visible ({config.objective.num_visible}) must be below the number of cells "
+                          f"({model.grid_size} x {model.grid_size} = {cells}), so that something is masked")  # fmt: skip
+    needed = crop_size(model)
+    if config.data.crop_size not in (None, needed):
+        raise ConfigError(f"data.crop_size ({config.data.crop_size}) does not fit model.grid_size x (patch_size + patch_gap) "
+                          f"= {model.grid_size} x ({dims['patch_size']} + {model.patch_gap}) = {needed}: set {needed} or leave it out")  # fmt: skip
+
+
+def _split(config: Config, world_size: int) -> Split:
+    batch, micro = config.data.global_batch, config.data.micro_batch
+    if micro is None:
+        if batch % world_size:
+            raise ConfigError(
+                f"data.global_batch ({batch}) is not divisible by the number of ranks ({world_size}); {_nearest(batch, world_size)}"
+            )
+        micro = batch // world_size
+    if batch % (world_size * micro):
+        unit = world_size * micro
+        raise ConfigError(f"data.global_batch ({batch}) is not divisible by ranks x micro batch "
+                          f"({world_size} x {micro} = {unit}); {_nearest(batch, unit)}")  # fmt: skip
+    return Split(world_size, micro, batch // (world_size * micro))
+
+
+def _nearest(batch: int, unit: int) -> str:
+    below, above = batch // unit * unit, (batch // unit + 1) * unit
+    return f"nearest are {below} and {above}" if below else f"the nearest is {above}"

@@ -1,0 +1,211 @@
+"""Processes: which rank this is, how ranks reduce and agree, and how a run is asked to stop.
+
+Owns the discovery of the launcher (deepspeed, torchrun, Slurm, Open MPI, or none), the process group's life and the
+stop request. The invariant: whatever one rank decides that others must follow goes through a collective here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from lmim.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# launcher: names of (rank, world size, rank on this host, ranks on this host)
+_LAUNCHERS = {
+    "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands among all of a run, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    launcher: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def discover() -> Topology:
+    """Read rank and world size from the launcher's environment; alone if there is none.
+
+    A Slurm allocation counts as a launcher only inside `srun` (SLURM_STEP_ID) with more than one task, so that a shell
+    inside an allocation still starts one process.
+    """
+    env = os.environ
+    for launcher, names in _LAUNCHERS.items():
+        rank, world, local_rank, local_world = (env.get(name) for name in names)
+        if rank is None or world is None:
+            continue
+        if launcher == "slurm" and ("SLURM_STEP_ID" not in env or world == "1"):
+            continue
+        try:
+            local = int(local_rank or 0)
+            return Topology(
+                int(rank), int(world), local, int(local_world or _ranks_here(world)), _device(local), launcher
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"{names[0]}={rank}, {names[1]}={world}, {names[2]}={local_rank} must be numbers"
+            ) from error
+    return Topology(0, 1, 0, 1, _device(0), "none")
+
+
+def _ranks_here(world: str) -> int:
+    """Return how many ranks share this host; the deepspeed launcher says so only by CROSS_SIZE, the number of hosts."""
+    return max(int(world) // max(int(os.environ.get("CROSS_SIZE", "1")), 1), 1)
+
+
+def _device(local_rank: int) -> torch.device:
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"LOCAL_RANK ({local_rank}) has no GPU of its own: start {torch.cuda.device_count()} ranks a host"
+            )
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def init(topology: Topology, timeout_minutes: float) -> None:
+    """Start the process group (NCCL with gloo beside it on GPUs, gloo on CPUs) and give each rank its share of cores."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(available_cores() // topology.local_world_size, 1))
+    if topology.device.type == "cuda":
+        torch.cuda.set_device(topology.device)
+    defaults = dict(RANK=topology.rank, WORLD_SIZE=topology.world_size, LOCAL_RANK=topology.local_rank,
+                    LOCAL_WORLD_SIZE=topology.local_world_size)  # fmt: skip
+    for name, value in defaults.items():
+        os.environ.setdefault(name, str(value))
+    if topology.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(
+                f"{name} is not set: the first host's address and a free port there must reach every rank"
+            )
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if topology.device.type == "cuda" else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        rank=topology.rank,
+        world_size=topology.world_size,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def shutdown() -> None:
+    """Leave the process group; without it CPU runs may abort at exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(torch.zeros(1))
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Return the mean of a tensor over all ranks."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(values)
+        values = values / torch.distributed.get_world_size()
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's value, in rank order, on all ranks. For small things: they are pickled."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate every rank's rows (counts may differ) in rank order, on all ranks, as a CPU tensor."""
+    rows = rows.cpu()
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return rows
+    counts = gather_objects(len(rows))
+    padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype)
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+class StopRequest:
+    """Turns SIGINT, SIGTERM and SIGUSR1 on any rank into one decision that all ranks take at the same step.
+
+    `agreed()` is called once a step on every rank. It returns what was agreed in the call before and starts the next
+    agreement, a maximum over one number on the CPU, so no step waits for it. A second SIGINT ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._flag = torch.zeros(1)
+        self._pending: Any = None
+        self._previous = {number: signal.signal(number, self._note)
+                          for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}  # fmt: skip
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal_name == "SIGINT":
+            raise KeyboardInterrupt
+        self.signal_name = self.signal_name or signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return self.signal_name is not None
+        asked = False
+        if self._pending is not None:
+            self._pending.wait()
+            asked = bool(self._flag.item())
+        self._flag.fill_(float(self.signal_name is not None))
+        self._pending = torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX, async_op=True)
+        return asked
+
+    def close(self) -> None:
+        """Finish the agreement in flight and give the signals back."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals() -> None:
+    """Leave stop signals to the parent: a loader worker that died of Ctrl-C would keep its rank from saving."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,115 @@
+"""Nearest-neighbour accuracy, by the two protocols of the field.
+
+* `leave_one_out`, the released evaluator's: 1-NN inside the evaluation set, each image against all others.
+* `gallery`, the common one: the training set as gallery, k = 20 votes weighted by exp(cosine / 0.07) (arXiv:1805.01978).
+
+Both use cosine similarity of the features. Ties go to the sample that comes first in the index, and between classes to
+the lower number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmim.checkpoint import check_same_model, load_encoder
+from lmim.config import Config, ConfigError, validate
+from lmim.data.loader import open_shards
+from lmim.data.shards import ShardIndex
+from lmim.dist import Topology, discover, init, shutdown
+from lmim.eval.features import extract, patch_mean, raw_pixels
+from lmim.objective import LatentMIM
+from lmim.vit import VisionTransformer
+
+CHUNK = 1024
+RESULTS_FILE = "knn.json"
+
+
+def leave_one_out(features: Tensor, labels: Tensor) -> float:
+    """Return the share (0 to 1) of samples whose nearest other sample has their label."""
+    features = F.normalize(features.float(), dim=1)
+    correct = 0
+    for start in range(0, len(features), CHUNK):
+        similarity = features[start : start + CHUNK] @ features.T
+        rows = torch.arange(len(similarity), device=features.device)
+        similarity[rows, rows + start] = -torch.inf
+        correct += int((labels[similarity.argmax(dim=1)] == labels[start : start + CHUNK]).sum())
+    return correct / len(features)
+
+
+def gallery(features: Tensor, labels: Tensor, gallery_features: Tensor, gallery_labels: Tensor, *, k: int,
+            temperature: float) -> float:  # fmt: skip
+    """Return the share (0 to 1) of samples whose k nearest gallery samples elect their label by weighted votes."""
+    features, gallery_features = (F.normalize(x.float(), dim=1) for x in (features, gallery_features))
+    classes = int(max(labels.max(), gallery_labels.max())) + 1
+    k = min(k, len(gallery_features))
+    correct = 0
+    for start in range(0, len(features), CHUNK):
+        similarity, nearest = (features[start : start + CHUNK] @ gallery_features.T).topk(k, dim=1)
+        votes = torch.zeros(len(similarity), classes, device=features.device)
+        votes.scatter_add_(1, gallery_labels[nearest], (similarity / temperature).exp())
+        correct += int((votes.argmax(dim=1) == labels[start : start + CHUNK]).sum())
+    return correct / len(features)
+
+
+def check_labels(index: ShardIndex | None, key: str) -> None:
+    """Raise unless every sample has a label and there are two samples at least."""
+    if index is None:
+        raise ConfigError(f"{key} is empty: give a folder of labelled shards")
+    if len(index) < 2 or (index.labels() < 0).any():
+        raise ConfigError(f"{key} ({index.folder}) needs two images or more, each with a label, for nearest neighbours: "
+                          "shard a folder with one subfolder a class, or set eval.knn_every=0st")  # fmt: skip
+
+
+def online_accuracy(encoder: VisionTransformer, index: ShardIndex, config: Config, topology: Topology) -> float:
+    """Return the leave-one-out accuracy that the training loop reports."""
+    features, labels = extract(patch_mean(encoder), index, config, topology)
+    return leave_one_out(features.to(topology.device), labels.to(topology.device))
+
+
+def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[str, dict[str, float]] | None:
+    """Measure both protocols for raw pixels, the encoder as initialised and as trained; write and return them.
+
+    Runs on every rank of a launcher, or alone. The first rank writes `knn.json` into `run.folder` if that exists and
+    returns {features: {"leave_one_out": share, "gallery": share}}; the others return None.
+    """
+    topology = discover()
+    validate(config, world_size=1)
+    trained = load_encoder(checkpoint, which)
+    random = LatentMIM(config.model, config.objective)
+    check_same_model(
+        {f"online.{k}": v for k, v in trained.state_dict().items()},
+        nn.ModuleDict({"online": random.online}),
+        checkpoint,
+    )
+    random.init_weights(config.run.seed)
+    test, train = (open_shards(spec, Path(config.run.folder)) for spec in (config.data.eval, config.data.train))
+    check_labels(test, "data.eval")
+    check_labels(train, "data.train")
+    init(topology, config.parallel.timeout_minutes)
+    try:
+        maps = {"pixels": raw_pixels}
+        maps |= {
+            name: patch_mean(e.to(topology.device).eval()) for name, e in (("random", random.online), (which, trained))
+        }
+        results = {name: _both_protocols(function, test, train, config, topology) for name, function in maps.items()}
+    finally:
+        shutdown()
+    if not topology.is_main:
+        return None
+    if Path(config.run.folder).is_dir():
+        (Path(config.run.folder) / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _both_protocols(function: Callable[[Tensor], Tensor], test: ShardIndex, train: ShardIndex, config: Config,
+                    topology: Topology) -> dict[str, float]:  # fmt: skip
+    x, y = (t.to(topology.device) for t in extract(function, test, config, topology))
+    gallery_x, gallery_y = (t.to(topology.device) for t in extract(function, train, config, topology))
+    votes = gallery(x, y, gallery_x, gallery_y, k=config.eval.k, temperature=config.eval.temperature)
+    return dict(leave_one_out=round(leave_one_out(x, y), 5), gallery=round(votes, 5))

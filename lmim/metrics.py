@@ -1,0 +1,196 @@
+"""What a run tells: values gathered on the device, and where they go.
+
+Owns the accumulators and the sinks (`log.jsonl`, `train.log` and the terminal, wandb). The invariants: between two
+flushes nothing is copied from the device; `log.jsonl` holds exactly one object per optimizer step, also after a resume.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from lmim.config import Config
+from lmim.dist import Topology, mean_over_ranks
+from lmim.objective import StepOutput
+from lmim.schedules import Hyper
+
+logger = logging.getLogger(__name__)
+LOG_FILE, EVAL_FILE, TEXT_FILE = "log.jsonl", "eval.jsonl", "train.log"
+
+
+class Meters:
+    """Collects the steps since the last flush; `flush` averages them over ranks and returns one row per step."""
+
+    def __init__(self, topology: Topology, global_batch: int):
+        self.topology, self.global_batch = topology, global_batch
+        self._steps: list[tuple[int, float, Hyper]] = []
+        self._values: list[Tensor] = []
+        self._waited_s = 0.0
+        self._skipped_here = 0
+        self._since = time.perf_counter()
+
+    def skipped(self, images: int) -> None:
+        """Count images of this rank that could not be read."""
+        self._skipped_here += images
+
+    def waited(self, seconds: float) -> None:
+        """Count time spent waiting for data."""
+        self._waited_s += seconds
+
+    def add(self, step: int, epoch: float, micros: list[StepOutput], hyper: Hyper, grad_norm: Tensor) -> None:
+        """Keep one step's values on the device: the means of its micro-batches and its gradient norm."""
+        means = torch.stack([torch.stack(out).float() for out in micros]).mean(dim=0).detach()
+        self._values.append(torch.cat([means, grad_norm.detach().float().reshape(1)]))
+        self._steps.append((step, epoch, hyper))
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Return the rows of all steps since the last flush; images/s and waiting are those steps' averages."""
+        if not self._steps:
+            return []
+        skipped = torch.full((len(self._values), 1), float(self._skipped_here), device=self.topology.device)
+        values = mean_over_ranks(torch.cat([torch.stack(self._values), skipped], dim=1)).tolist()
+        elapsed_s = time.perf_counter() - self._since
+        shared = dict(
+            images_per_second=round(len(self._steps) * self.global_batch / elapsed_s, 1),
+            data_wait=round(self._waited_s / elapsed_s, 4),
+            memory_gib=round(self._memory_gib(), 3),
+            skipped_images=round(values[0][-1] * self.topology.world_size),
+        )
+        names = (*StepOutput._fields, "grad_norm")
+        rows = [
+            dict(step=step, epoch=round(epoch, 4), **dict(zip(names, row[:-1], strict=True)), lr=hyper.lr,
+                 momentum=hyper.momentum, similarity_target=hyper.similarity_target, **shared)
+            for (step, epoch, hyper), row in zip(self._steps, values, strict=True)
+        ]  # fmt: skip
+        self._steps, self._values, self._waited_s = [], [], 0.0
+        self._since = time.perf_counter()
+        return rows
+
+    def restart_clock(self) -> None:
+        """Leave out what happened since the last flush (an evaluation, a checkpoint) from the next images/s."""
+        assert not self._steps, "flush first"
+        self._since, self._waited_s = time.perf_counter(), 0.0
+
+    def _memory_gib(self) -> float:
+        """Return the peak of the device's memory, or on CPUs of this process's."""
+        if self.topology.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a `.jsonl` file; a last line cut short by a crash is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+class JsonLines:
+    """A `.jsonl` file that goes on at a step: rows from that step on, written by a run that was cut, are dropped."""
+
+    def __init__(self, path: Path, start_step: int):
+        kept = [row for row in read_rows(path) if row["step"] < start_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
+        self._file: TextIO = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        # JSON knows no NaN: a value that is not finite is written as null
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ProgressLine:
+    """One moving line with the time left on a terminal; elsewhere, and in `train.log`, plain lines."""
+
+    def __init__(self, total_steps: int, start_step: int):
+        self.total_steps, self._done, self._began = total_steps, start_step, time.perf_counter()
+        self._start = start_step
+        self._bar: Progress | None = None
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("[bold]lmim"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(),
+            )  # fmt: skip
+            self._task = self._bar.add_task("starting", total=total_steps, completed=start_step)
+            self._bar.start()
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Show the newest step's values."""
+        done = row["step"] + 1
+        words = (f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
+                 f"similarity of predictions {row['similarity_predictions']:.2f} visible {row['similarity_visible']:.2f} "
+                 f"targets {row['similarity_targets']:.2f}  {row['images_per_second']:.0f} images/s")  # fmt: skip
+        if self._bar:
+            self._bar.update(self._task, completed=done, description=words)
+        left_s = (time.perf_counter() - self._began) / max(done - self._start, 1) * (self.total_steps - done)
+        text = f"step {done}/{self.total_steps}  {words}  waiting {row['data_wait']:.0%}  left {clock(left_s)}"
+        logger.info(text, extra={"progress": True})
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """Return a time as h:mm:ss or m:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def set_up_logging(run_folder: Path | None, is_main: bool) -> None:
+    """Send this package's messages of the first rank to the terminal and `train.log`; other ranks' warnings to stderr."""
+    root = logging.getLogger("lmim")
+    root.handlers.clear()
+    root.propagate = False
+    root.setLevel(logging.INFO if is_main else logging.WARNING)
+    screen = logging.StreamHandler(sys.stdout if is_main else sys.stderr)
+    screen.setFormatter(logging.Formatter("%(message)s"))
+    if sys.stdout.isatty():  # the moving line shows progress there
+        screen.addFilter(lambda record: not getattr(record, "progress", False))
+    root.addHandler(screen)
+    if is_main and run_folder is not None:
+        file = logging.FileHandler(run_folder / TEXT_FILE)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        root.addHandler(file)
+
+
+class Wandb:
+    """The wandb run of a run folder; a resumed run goes on in it."""
+
+    def __init__(self, config: Config, resolved: dict[str, Any], run_folder: Path):
+        import wandb
+
+        marker = run_folder / "wandb_id.txt"
+        run_id = marker.read_text().strip() if marker.is_file() else wandb.util.generate_id()
+        marker.write_text(run_id + "\n")
+        self._run = wandb.init(project=config.log.wandb_project, name=config.run.name or run_folder.name, id=run_id,
+                               resume="allow", mode=config.log.wandb, dir=str(run_folder), config=resolved)  # fmt: skip
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,159 @@
+"""The objective: predict a target encoder's latents of masked patches and tell each from the others of its image.
+
+Owns `LatentMIM` (online encoder, target encoder, decoder), the losses and the similarity penalty (paper, section 3).
+The invariants: the gradient reaches the online encoder and the decoder and never the target; `forward` holds no EMA,
+no schedule and no step counter; normalisations, logits and losses are computed in fp32 whatever the autocast.
+
+Letters: B images · V visible · M masked · T = 1 + V tokens · D encoder width. z: targets, ẑ: predictions, τ: temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmim.config import ModelConfig, ObjectiveConfig, model_dimensions
+from lmim.patches import Views, draw_views, gather_patches, normalize_patches
+from lmim.vit import CrossDecoder, VisionTransformer, init_parameters
+
+
+class StepOutput(NamedTuple):
+    """Scalars of one micro-batch, all on its device; only `loss` carries a gradient."""
+
+    loss: Tensor
+    similarity_predictions: Tensor
+    similarity_visible: Tensor
+    similarity_targets: Tensor
+
+
+def infonce(predictions_BMD: Tensor, targets_BMD: Tensor, temperature: float) -> Tensor:
+    """Patch discrimination: 2τ · cross-entropy of each prediction against all masked patches of the same image.
+
+    Predictions alone are standardised per image and channel over the M tokens, then both sides are L2-normalised.
+    Chance level, which is where collapse sits, is 2τ·ln M (`chance_level`).
+    """
+    std, mean = torch.std_mean(predictions_BMD, dim=1, keepdim=True)
+    predictions_BMD = F.normalize((predictions_BMD - mean) / (std + 1e-4), dim=-1)
+    logits_BMM = predictions_BMD @ F.normalize(targets_BMD, dim=-1).transpose(1, 2) / temperature
+    labels_M = torch.arange(logits_BMM.shape[1], device=logits_BMM.device)
+    return 2 * temperature * F.cross_entropy(logits_BMM.flatten(0, 1), labels_M.repeat(len(logits_BMM)))
+
+
+def norm_l2(predictions_BMD: Tensor, targets_BMD: Tensor, temperature: float) -> Tensor:
+    """Mean squared error to targets standardised per token over D, with D − 1 in the variance."""
+    var, mean = torch.var_mean(targets_BMD, dim=-1, keepdim=True)
+    return F.mse_loss(predictions_BMD, (targets_BMD - mean) / (var + 1e-6).sqrt())
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "infonce": infonce,
+    "norm_l2": norm_l2,
+    "mse": lambda predictions, targets, temperature: F.mse_loss(predictions, targets),
+    "l1": lambda predictions, targets, temperature: F.l1_loss(predictions, targets),
+    "smooth_l1": lambda predictions, targets, temperature: F.smooth_l1_loss(predictions, targets),
+    "cosine": lambda predictions, targets, temperature: -F.cosine_similarity(predictions, targets, dim=-1).mean(),
+}
+
+
+def chance_level(num_masked: int, temperature: float) -> float:
+    """Return the InfoNCE loss of predictions that tell nothing: 2τ·ln M."""
+    return 2 * temperature * math.log(num_masked)
+
+
+def mean_similarity(tokens_BTD: Tensor) -> Tensor:
+    """Return the mean cosine over the batch and over all token pairs of an image, the diagonal included.
+
+    Σ_pq cos(p, q) = ‖Σ_p unit_p‖², so it costs O(T·D) and not O(T²·D).
+    """
+    sums_BD = F.normalize(tokens_BTD, dim=-1).sum(dim=1)
+    return sums_BD.square().sum(dim=-1).mean() / tokens_BTD.shape[1] ** 2
+
+
+class LatentMIM(nn.Module):
+    """Online encoder, its EMA target and the decoder; `forward` is one micro-batch's loss."""
+
+    def __init__(self, model: ModelConfig, objective: ObjectiveConfig):
+        super().__init__()
+        self.objective, self.model = objective, model
+        dims = model_dimensions(model)
+        encoder = dict(
+            grid_size=model.grid_size,
+            mlp_ratio=model.mlp_ratio,
+            projector_dim=model.projector_dim,
+            projector_depth=model.projector_depth,
+            learnable_positions=model.learnable_positions,
+            **dims,
+        )
+        self.patch_size = dims["patch_size"]
+        self.online = VisionTransformer(drop_path=model.drop_path, dropout=model.dropout, **encoder)
+        self.target = VisionTransformer(**encoder)
+        self.target.requires_grad_(False)
+        self.decoder = CrossDecoder(
+            grid_size=model.grid_size,
+            encoder_dim=dims["embed_dim"],
+            embed_dim=model.decoder_dim,
+            depth=model.decoder_depth,
+            num_heads=model.decoder_num_heads,
+            mlp_ratio=model.mlp_ratio,
+            visual_cues=model.visual_cues,
+            learnable_positions=model.learnable_positions,
+        )
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Set every parameter and buffer; the target starts as a copy of the online encoder."""
+        init_parameters(self.online, seed, "online.")
+        init_parameters(self.decoder, seed, "decoder.")
+        for ours, theirs in zip(self.target.state_dict().values(), self.online.state_dict().values(), strict=True):
+            ours.copy_(theirs)
+
+    def forward(
+        self, images_BCSS: Tensor, keys_B: Tensor, similarity_target: Tensor | float, views: Views | None = None
+    ) -> StepOutput:
+        """Return the loss of a micro-batch of crops (uint8, or floats already normalised).
+
+        Views and noise follow from the samples' keys; `views` overrides the drawn ones (replays of recorded cases).
+        The similarity penalty squares a mean over this micro-batch, as the released code does: its scope is one rank's
+        micro-batch, while the patch loss never crosses images.
+        """
+        objective, gap = self.objective, self.model.patch_gap
+        if views is None:
+            views = draw_views(
+                keys_B,
+                grid_size=self.model.grid_size,
+                num_visible=objective.num_visible,
+                patch_gap=gap,
+                gap_jitter=objective.gap_jitter,
+            )
+        visible_BV, masked_BM = views.visible_BV, views.masked_BM
+        seen_BK = masked_BM if objective.target_input == "masked" else torch.cat([visible_BV, masked_BM], dim=1)
+
+        def patches(cells_BK: Tensor) -> Tensor:
+            cut = gather_patches(images_BCSS, cells_BK, views, patch_size=self.patch_size, patch_gap=gap)
+            return normalize_patches(cut)
+
+        with torch.no_grad():
+            targets_BMD = self.target(patches(seen_BK), seen_BK)[:, -masked_BM.shape[1] :]
+        encoded_BTD = self.online(patches(visible_BV), visible_BV, keys_B)
+        predictions_BMD = self.decoder(encoded_BTD, visible_BV, masked_BM)[:, 1:]
+        return self.compare(predictions_BMD, encoded_BTD[:, 1:], targets_BMD, similarity_target)
+
+    def compare(
+        self, predictions_BMD: Tensor, visible_BVD: Tensor, targets_BMD: Tensor, similarity_target: Tensor | float
+    ) -> StepOutput:
+        """Return loss and similarities of predictions, visible tokens and targets, in fp32."""
+        objective = self.objective
+        with torch.autocast(predictions_BMD.device.type, enabled=False):
+            predictions_BMD, visible_BVD, targets_BMD = (x.float() for x in (predictions_BMD, visible_BVD, targets_BMD))
+            loss = LOSSES[objective.loss](predictions_BMD, targets_BMD, objective.temperature)
+            of_predictions, of_visible = mean_similarity(predictions_BMD), mean_similarity(visible_BVD)
+            if objective.similarity_weight:
+                excess = (of_predictions - similarity_target).square() + (of_visible - similarity_target).square()
+                loss = loss + objective.similarity_weight * excess
+            of_targets = mean_similarity(targets_BMD)
+        return StepOutput(loss, of_predictions.detach(), of_visible.detach(), of_targets)

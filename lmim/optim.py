@@ -1,0 +1,57 @@
+"""Optimisation: which tensors decay, AdamW, and the fp32 moving average that is the target.
+
+Owns the rule by which names fall into parameter groups and the arithmetic of the EMA. The invariant: the EMA is done in
+fp32 whatever the compute precision, since a bf16 average with momentum near 1 stands still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lmim.config import OptimConfig
+
+NO_DECAY_WORDS = ("bias", "norm", "embed")
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Tell whether weight decay applies: not to tensors of one dimension, nor to biases, norms and embeddings.
+
+    So the patch embedding, the decoder's input projection and learned positions are exempt, and class and mask tokens
+    are not: the authors' rule.
+    """
+    return parameter.ndim > 1 and not any(word in name for word in NO_DECAY_WORDS)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return two groups of the trained parameters, decayed and exempt; each lists its `names` in the same order."""
+    groups = [dict(params=[], names=[], weight_decay=decay) for decay in (weight_decay, 0.0)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = groups[0] if decays(name, parameter) else groups[1]
+            group["params"].append(parameter)
+            group["names"].append(name)
+    return groups
+
+
+def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW over the model's trained parameters; the learning rate is set anew before every step."""
+    groups = parameter_groups(model, config.weight_decay)
+    fused = all(p.device.type in ("cuda", "cpu") for g in groups for p in g["params"])
+    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def ema_update(targets: Iterable[Tensor], onlines: Iterable[Tensor], momentum: float) -> None:
+    """target ← m·target + (1 − m)·online, in place, over lists of fp32 tensors of the same shapes."""
+    targets, onlines = list(targets), list(onlines)
+    assert all(t.dtype == torch.float32 == o.dtype for t, o in zip(targets, onlines, strict=True)), "EMA is fp32"
+    torch._foreach_lerp_(targets, onlines, 1 - momentum)

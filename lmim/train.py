@@ -1,0 +1,282 @@
+"""Pretraining: build, resume, loop, finish. The only file that knows the order of things.
+
+The invariant: what step k computes is a function of the configuration, the data and k; so a run that was stopped and
+started again, on other ranks or workers, goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lmim import checkpoint, dist
+from lmim.config import (
+    Config,
+    ConfigError,
+    crop_size,
+    duration_steps,
+    load_config,
+    result_options,
+    save_config,
+    validate,
+)
+from lmim.data.loader import Batch, open_shards, train_batches
+from lmim.eval.knn import check_labels, online_accuracy
+from lmim.metrics import EVAL_FILE, LOG_FILE, JsonLines, Meters, ProgressLine, Wandb, set_up_logging
+from lmim.objective import LatentMIM
+from lmim.parallel import Backend, TrainState, build_backend
+from lmim.schedules import Schedules
+
+logger = logging.getLogger(__name__)
+DONE, STOPPED = 0, 75  # exit codes; 75 asks a scheduler to start the run again (EX_TEMPFAIL of sysexits.h)
+CONFIG_FILE, DONE_FILE = "config.yaml", "done.json"
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and from where to take it up."""
+
+
+class Plan:
+    """What follows from configuration and data: the number of steps, the schedules and when things are due."""
+
+    def __init__(self, config: Config, images: int):
+        self.steps_per_epoch = images / config.data.global_batch
+        self.total_steps = self.steps(config.optim.duration, "optim.duration")
+        optim, objective = config.optim, config.objective
+        self.schedules = Schedules(
+            total_steps=self.total_steps,
+            warmup_steps=self.steps(optim.warmup, "optim.warmup"),
+            peak_lr=optim.base_lr * config.data.global_batch / 256,
+            floor=optim.floor,
+            momentum=objective.momentum,
+            similarity_start=objective.similarity_start,
+            similarity_end=objective.similarity_end,
+        )
+        if self.schedules.warmup_steps > self.total_steps:
+            raise ConfigError(f"optim.warmup ({optim.warmup}) is longer than optim.duration ({optim.duration})")
+        self.log_every = max(self.steps(config.log.every, "log.every"), 1)
+        self.checkpoint_every = max(self.steps(config.checkpoint.every, "checkpoint.every"), 1)
+        self.knn_every = self.steps(config.eval.knn_every, "eval.knn_every")
+
+    def steps(self, duration: str, key: str) -> int:
+        total = getattr(self, "total_steps", 0)
+        steps = duration_steps(duration, steps_per_epoch=self.steps_per_epoch, total_steps=total, key=key)
+        if key == "optim.duration" and steps < 1:
+            raise ConfigError(f"optim.duration ({duration}) is no step at all")
+        return steps
+
+    def due(self, done: int, every: int) -> bool:
+        """Tell whether something that comes every so many steps comes after `done` steps; the last step always counts."""
+        return every > 0 and (done % every == 0 or done == self.total_steps)
+
+
+class Run:
+    """One run's parts, and what happens between its steps."""
+
+    def __init__(self, config: Config, topology: dist.Topology):
+        self.config, self.topology = config, topology
+        self.folder = Path(config.run.folder)
+        self.split = validate(config, topology.world_size)
+        check_run_folder(config)
+
+    def open_data(self) -> None:
+        data = self.config.data
+        if self.topology.is_main:  # embedded images are sharded by the first rank
+            open_shards(data.train, self.folder)
+            open_shards(data.eval, self.folder)
+        dist.barrier()
+        self.train_index, self.eval_index = open_shards(data.train, self.folder), open_shards(data.eval, self.folder)
+        if self.train_index is None:
+            raise ConfigError("data.train is empty: give a folder of shards, made by tools/shard_images.py")
+        self.plan = Plan(self.config, len(self.train_index))
+        if self.eval_index is not None and self.plan.knn_every:
+            check_labels(self.eval_index, "data.eval")
+
+    def build(self) -> Backend:
+        self.backend = build_backend(self.config, self.topology, self.split)
+        self.backend.prepare(lambda: LatentMIM(self.config.model, self.config.objective))
+        return self.backend
+
+    def resume(self) -> int:
+        """Load the newest checkpoint of the run folder, if there is one, and return the step to go on from."""
+        path = checkpoint.newest(self.folder)
+        if path is None:
+            return 0
+        position, weights, optimizer = checkpoint.load(path)
+        if position.data_fingerprint != self.train_index.fingerprint:
+            raise ConfigError(f"data.train ({self.config.data.train}) is not the data this run was trained on (its shards' "
+                              f"checksums differ from {path}'s): give that data, or another run.folder")  # fmt: skip
+        checkpoint.check_same_model(weights, LatentMIM(self.config.model, self.config.objective), path)
+        self.backend.load_state(TrainState(weights, optimizer))
+        logger.info("going on from %s, step %d of %d", path, position.step, self.plan.total_steps)
+        return position.step
+
+    def open_sinks(self, start: int) -> None:
+        self.meters = Meters(self.topology, self.config.data.global_batch)
+        self.sinks: list[Any] = []
+        self.log = self.evals = self.progress = None
+        if self.topology.is_main:
+            save_config(self.config, self.folder / CONFIG_FILE)
+            self.log, self.evals = JsonLines(self.folder / LOG_FILE, start), JsonLines(self.folder / EVAL_FILE, start)
+            self.progress = ProgressLine(self.plan.total_steps, start)
+            self.sinks = [self.log, self.evals, self.progress]
+            if self.config.log.wandb != "off":
+                self.wandb = Wandb(self.config, asdict(self.config), self.folder)
+                self.sinks.append(self.wandb)
+
+    def flush(self) -> None:
+        rows = self.meters.flush()
+        for row in rows if self.topology.is_main else ():
+            self.log.write(row)
+            if self.config.log.wandb != "off":
+                self.wandb.write(row)
+        if rows and self.topology.is_main:
+            self.progress.update(rows[-1])
+        bad = [row["step"] for row in rows if not math.isfinite(row["loss"])]
+        if bad:
+            newest = checkpoint.newest(self.folder)
+            raise TrainingError(f"the loss is not finite since step {bad[0]}; the last checkpoint is {newest}")
+
+    def evaluate(self, done: int) -> None:
+        """Measure leave-one-out accuracy after `done` steps; the row carries the last finished step, −1 before any."""
+        if self.eval_index is None or not self.plan.knn_every:
+            return
+        with self.backend.infer("online") as encoder:
+            accuracy = online_accuracy(encoder, self.eval_index, self.config, self.topology)
+        if self.topology.is_main:
+            row = dict(
+                step=done - 1, epoch=round(done / self.plan.steps_per_epoch, 4), knn_leave_one_out=round(accuracy, 5)
+            )
+            self.evals.write(row)
+            if self.config.log.wandb != "off" and done:
+                self.wandb.write(row)
+            logger.info("step %d  leave-one-out nearest neighbour %.1f %%", done, 100 * accuracy)
+
+    def save(self, done: int) -> None:
+        state = self.backend.state()
+        if self.topology.is_main:
+            position = checkpoint.Position(done, self.train_index.fingerprint)
+            path = checkpoint.save(
+                self.folder, position, self.config, state.weights, state.optimizer, self.config.checkpoint.keep
+            )
+            logger.info("saved %s", path)
+        dist.barrier()
+
+    def mark_done(self) -> None:
+        """Leave the mark of a complete run: a launcher may lose the exit code."""
+        if self.topology.is_main:
+            mark = dict(
+                steps=self.plan.total_steps, ranks=self.topology.world_size, device=str(self.topology.device.type)
+            )
+            (self.folder / DONE_FILE).write_text(json.dumps(mark) + "\n")
+            logger.info("done: %d steps, %s", self.plan.total_steps, self.folder)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def train(config: Config | str | Path) -> int:
+    """Pretrain as the configuration (or its file) says and return 0 if the run is complete, 75 if it was stopped.
+
+    Runs on every rank of a launcher, or alone. The run folder then holds the configuration, `log.jsonl`, `eval.jsonl`,
+    `train.log` and checkpoints; started again it goes on from the newest of those.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config)
+    topology = dist.discover()
+    run = Run(config, topology)
+    if topology.is_main:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    set_up_logging(run.folder, topology.is_main)
+    dist.init(topology, config.parallel.timeout_minutes)
+    stop = dist.StopRequest()
+    try:
+        run.open_data()
+        backend = run.build()
+        try:
+            return _steps(run, backend, run.resume(), stop)
+        finally:
+            backend.close()
+    finally:
+        stop.close()
+        dist.shutdown()
+
+
+def _steps(run: Run, backend: Backend, start: int, stop: dist.StopRequest) -> int:
+    """The loop."""
+    config, plan, split = run.config, run.plan, run.split
+    batches = train_batches(
+        config.data, run.train_index, seed=config.run.seed, size=crop_size(config.model), split=split,
+        topology=run.topology, start_step=start, total_steps=plan.total_steps,
+    )  # fmt: skip
+    run.open_sinks(start)
+    try:
+        if start == 0:
+            run.evaluate(0)
+        run.meters.restart_clock()
+        for step in range(start, plan.total_steps):
+            hyper = plan.schedules.at(step)
+            backend.begin_step(hyper)
+            outputs = []
+            for micro in range(split.accumulate):
+                batch = next_batch(batches, run)
+                outputs.append(
+                    backend.forward_backward(batch.images, batch.keys, last_micro=micro == split.accumulate - 1)
+                )
+            run.meters.add(step, (step + 1) / plan.steps_per_epoch, outputs, hyper, backend.finish_step())
+
+            done = step + 1
+            stopping = stop.agreed() and done < plan.total_steps
+            pause = stopping or plan.due(done, plan.knn_every) or plan.due(done, plan.checkpoint_every)
+            if pause or plan.due(done, plan.log_every):
+                run.flush()
+            if plan.due(done, plan.knn_every) and not stopping:
+                run.evaluate(done)
+            if stopping or plan.due(done, plan.checkpoint_every):
+                run.save(done)
+            if stopping:
+                logger.info(
+                    "stopped by %s after step %d; the same command goes on from there",
+                    stop.signal_name or "another rank",
+                    done,
+                )
+                return STOPPED
+            if pause:
+                run.meters.restart_clock()
+        run.mark_done()
+        return DONE
+    finally:
+        run.close()
+
+
+def next_batch(batches: Iterator[Batch], run: Run) -> Batch:
+    """Return the next micro-batch on the device, counting the wait for it and naming what could not be read."""
+    began = time.perf_counter()
+    batch = next(batches)
+    run.meters.waited(time.perf_counter() - began)
+    run.meters.skipped(len(batch.skipped))
+    for words in batch.skipped:
+        logger.warning("skipped %s", words)
+    device = run.topology.device
+    return batch._replace(
+        images=batch.images.to(device, non_blocking=True), keys=batch.keys.to(device, non_blocking=True)
+    )
+
+
+def check_run_folder(config: Config) -> None:
+    """Refuse a run folder that was made with another configuration, as far as it affects the result."""
+    path = Path(config.run.folder) / CONFIG_FILE
+    if not path.is_file():
+        return
+    old, new = result_options(load_config(path)), result_options(config)
+    changed = [f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in new if old.get(key) != new[key]]
+    if changed:
+        raise ConfigError(f"run.folder ({config.run.folder}) was made with another configuration: {'; '.join(changed)}; "
+                          "take another run.folder, or those values")  # fmt: skip

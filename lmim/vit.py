@@ -1,0 +1,315 @@
+"""The networks: a Vision Transformer that reads any subset of patches, and the cross-attention decoder.
+
+Owns attention, blocks, positions, the projector and the initialisation. The invariants: parameter names are a public
+contract that follows timm, and `init_parameters` sets every parameter and buffer from (seed, name) alone, so the
+values depend neither on the device nor on how the model is cut over ranks.
+
+Letters: B images · T tokens (class token first) · N cells · K patches given · V visible · M masked · D encoder width ·
+E decoder width. Paper: section 3.2; pre-LN blocks as in ViT (arXiv:2010.11929) and MAE (arXiv:2111.06377).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, Mlp, resample_abs_pos_embed
+from torch import Tensor, nn
+
+from lmim.patches import tile_patches
+from lmim.randomness import fold, purpose, uniform
+
+NORM_EPS = 1e-6
+PROJECTOR_NORM_EPS = 1e-5
+CLASS_TOKEN_STD = 0.02
+
+
+def sincos_positions(dim: int, grid_size: int) -> Tensor:
+    """Return the fixed position table (1, 1 + G², dim) in fp32: a zero row for the class token, then cell by cell.
+
+    For cell (row r, column c) and ω_k = 10000^(−k/(dim/4)) the row is [sin xω, cos xω, sin yω, cos yω] with
+    x = c·G/(G−1), y = r·G/(G−1). The released code spaces cells by G/(G−1), not by 1; kept for its checkpoints' sake.
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    steps = torch.arange(grid_size, dtype=torch.float64) * (grid_size / max(grid_size - 1, 1))
+    y, x = torch.meshgrid(steps, steps, indexing="ij")
+    parts = [wave(along.flatten()[:, None] * omega) for along in (x, y) for wave in (torch.sin, torch.cos)]
+    cells = torch.cat(parts, dim=1).float()
+    return torch.cat([torch.zeros(1, dim), cells])[None]
+
+
+class BranchNoise(nn.Module):
+    """Drop-path and dropout of one residual branch, drawn from the samples' keys rather than from a random state."""
+
+    def __init__(self, drop_path: float, dropout: float, name: str):
+        super().__init__()
+        self.drop_path, self.dropout = drop_path, dropout
+        self.path_use, self.element_use = purpose(f"drop_path {name}"), purpose(f"dropout {name}")
+
+    def forward(self, branch_BTD: Tensor, keys_B: Tensor | None) -> Tensor:
+        if not self.training or not (self.drop_path or self.dropout):
+            return branch_BTD
+        assert keys_B is not None, "drop-path and dropout draw from the samples' keys: pass them"
+        if self.drop_path:
+            keep_B = uniform(keys_B, self.path_use, 0) >= self.drop_path
+            branch_BTD = branch_BTD * (keep_B.to(branch_BTD.dtype) / (1 - self.drop_path))[:, None, None]
+        if self.dropout:
+            _, T, D = branch_BTD.shape
+            counter = torch.arange(T * D, device=keys_B.device).view(T, D)
+            keep_BTD = uniform(keys_B[:, None, None], self.element_use, counter) >= self.dropout
+            branch_BTD = branch_BTD * keep_BTD.to(branch_BTD.dtype) / (1 - self.dropout)
+        return branch_BTD
+
+
+class Block(nn.Module):
+    """Pre-LN block: x += Attn(LN(x)); x += MLP(LN(x)), with timm's attention (fused) and MLP."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, dropout: float, name: str):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, num_heads=num_heads, qkv_bias=True)
+        self.noise1 = BranchNoise(drop_path, dropout, f"{name} attn")
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.noise2 = BranchNoise(drop_path, dropout, f"{name} mlp")
+
+    def forward(self, x_BTD: Tensor, keys_B: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.noise1(self.attn(self.norm1(x_BTD)), keys_B)
+        return x_BTD + self.noise2(self.mlp(self.norm2(x_BTD)), keys_B)
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of flat patches (…, P·P·3), numbers ordered as (row, column, channel), to tokens (…, D)."""
+
+    def __init__(self, patch_size: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(patch_size**2 * 3, embed_dim)
+
+    def forward(self, patches_BKC: Tensor) -> Tensor:
+        return self.proj(patches_BKC)
+
+
+class Projector(nn.Module):
+    """Linear layers without bias, each followed by LN, with GELU between: D → H → … → H → D; depth 0 is the identity."""
+
+    def __init__(self, dim: int, hidden_dim: int, depth: int):
+        super().__init__()
+        self.depth = depth
+        widths = [dim] + [hidden_dim] * (depth - 1) + [dim]
+        for i in range(depth):
+            self.add_module(f"linear{i}", nn.Linear(widths[i], widths[i + 1], bias=False))
+            self.add_module(f"norm{i}", nn.LayerNorm(widths[i + 1], eps=PROJECTOR_NORM_EPS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(self.depth):
+            x = self.get_submodule(f"norm{i}")(self.get_submodule(f"linear{i}")(x))
+            if i < self.depth - 1:
+                x = F.gelu(x)
+        return x
+
+
+def _register_positions(module: nn.Module, dim: int, grid_size: int, learnable: bool) -> None:
+    """Give a module its `pos_embed` (1, 1 + N, dim): a parameter if learnable, else a buffer that is saved."""
+    table = torch.empty(1, 1 + grid_size**2, dim)
+    if learnable:
+        module.pos_embed = nn.Parameter(table)
+    else:
+        module.register_buffer("pos_embed", table)
+
+
+class VisionTransformer(nn.Module):
+    """The encoder. In pretraining it reads some patches and their cells; `forward_features` reads whole images.
+
+    `forward` returns tokens after the last norm and the projector (B, 1 + K, D), the class token first.
+    """
+
+    def __init__(
+        self,
+        *,
+        grid_size: int = 14,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        projector_dim: int = 4096,
+        projector_depth: int = 3,
+        learnable_positions: bool = False,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.grid_size, self.patch_size, self.embed_dim = grid_size, patch_size, embed_dim
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        _register_positions(self, embed_dim, grid_size, learnable_positions)
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()  # grows with depth, as in DeiT and MAE
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, rate, dropout, f"encoder {i}") for i, rate in enumerate(rates)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.projector = Projector(embed_dim, projector_dim, projector_depth)
+
+    def embed(self, patches_BKC: Tensor, cells_BK: Tensor) -> Tensor:
+        """Return the tokens (B, 1 + K, D) that enter the first block: positions added, class token in front."""
+        x_BKD = self.patch_embed(patches_BKC) + F.embedding(cells_BK, self.pos_embed[0, 1:])
+        class_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(x_BKD), -1, -1)
+        return torch.cat([class_B1D.to(x_BKD.dtype), x_BKD], dim=1)
+
+    def forward(self, patches_BKC: Tensor, cells_BK: Tensor, keys_B: Tensor | None = None) -> Tensor:
+        x_BTD = self.embed(patches_BKC, cells_BK)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, keys_B)
+        return self.projector(self.norm(x_BTD))
+
+    def forward_intermediates(
+        self, images_BCHW: Tensor, indices: int | list[int] | None = None, *, norm: bool = False
+    ) -> list[Tensor]:
+        """Return the tokens (B, 1 + N, D) after the chosen blocks (as in timm: the last n, or their numbers).
+
+        `images_BCHW` is normalised and has sides that are multiples of the patch side; a grid other than the training
+        grid gets bicubically resampled positions (timm's `resample_abs_pos_embed`). The projector is left out.
+        """
+        depth = len(self.blocks)
+        if indices is None:
+            indices = depth
+        chosen = range(depth - indices, depth) if isinstance(indices, int) else [i % depth for i in indices]
+        rows, cols = images_BCHW.shape[2] // self.patch_size, images_BCHW.shape[3] // self.patch_size
+        positions = self.pos_embed
+        if (rows, cols) != (self.grid_size, self.grid_size):
+            positions = resample_abs_pos_embed(positions, [rows, cols], num_prefix_tokens=1)
+        x_BND = self.patch_embed(tile_patches(images_BCHW, self.patch_size)) + positions[:, 1:]
+        x_BTD = torch.cat([(self.cls_token + positions[:, :1]).expand(len(x_BND), -1, -1), x_BND], dim=1)
+        outputs = {}
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD)
+            if i in chosen:
+                outputs[i] = self.norm(x_BTD) if norm else x_BTD
+        return [outputs[i] for i in chosen]
+
+    def forward_features(self, images_BCHW: Tensor) -> Tensor:
+        """Return the tokens (B, 1 + N, D) after the last norm, the class token first, as timm's models do."""
+        return self.forward_intermediates(images_BCHW, 1, norm=True)[0]
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names that weight decay spares beyond biases and norms, as timm's optimizers ask."""
+        return {"pos_embed", "patch_embed.proj.weight"}
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Set every parameter and buffer from the seed and its name."""
+        init_parameters(self, seed)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries (B, T, E) over a context (B, S, E), fused, with biases."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.kv_proj = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, queries_BTE: Tensor, context_BSE: Tensor) -> Tensor:
+        q = self.q_proj(queries_BTE).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        kv = self.kv_proj(context_BSE).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, kv[0], kv[1]).transpose(1, 2).flatten(2))
+
+
+class DecoderBlock(nn.Module):
+    """q += SelfAttn(LN(q)); q += CrossAttn(LN(q), LN′(x)); q += MLP(LN(q)). The context x stays as it is."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.self_attn = Attention(dim, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_context = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.cross_attn = CrossAttention(dim, num_heads)
+        self.norm3 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, queries_BTE: Tensor, context_BSE: Tensor) -> Tensor:
+        q = queries_BTE + self.self_attn(self.norm1(queries_BTE))
+        q = q + self.cross_attn(self.norm2(q), self.norm_context(context_BSE))
+        return q + self.mlp(self.norm3(q))
+
+
+class CrossDecoder(nn.Module):
+    """Predicts the latents of the masked cells from the encoder's tokens of the visible ones.
+
+    Mask tokens are one learned vector plus, as visual cues, the softmax(PE(q)·PE(j)ᵀ/√E)-weighted sum of the visible
+    tokens j, so that every query starts from what lies near it (paper, section 3.2).
+    """
+
+    def __init__(
+        self,
+        *,
+        grid_size: int,
+        encoder_dim: int,
+        embed_dim: int = 512,
+        depth: int = 3,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        visual_cues: bool = True,
+        learnable_positions: bool = False,
+    ):
+        super().__init__()
+        self.visual_cues = visual_cues
+        self.embed = nn.Linear(encoder_dim, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        _register_positions(self, embed_dim, grid_size, learnable_positions)
+        self.blocks = nn.ModuleList(DecoderBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.head = nn.Linear(embed_dim, encoder_dim)
+        self.grid_size = grid_size
+
+    def forward(self, encoded_BTD: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
+        """Map encoder tokens (B, 1 + V, D) to predictions (B, 1 + M, D), the decoder's class token first."""
+        x_BTE = self.embed(encoded_BTD)
+        class_11E, cells_NE = self.pos_embed[:, :1], self.pos_embed[0, 1:]
+        visible_pos_BVE, masked_pos_BME = F.embedding(visible_BV, cells_NE), F.embedding(masked_BM, cells_NE)
+        queries_BME = self.mask_token.expand(*masked_pos_BME.shape)
+        if self.visual_cues:
+            # attention with positions as queries and keys has exactly the scale 1/√E
+            cues_BME = F.scaled_dot_product_attention(masked_pos_BME, visible_pos_BVE, x_BTE[:, 1:])
+            queries_BME = queries_BME + cues_BME
+        B = len(x_BTE)
+        class_B1E = (self.cls_token + class_11E).expand(B, -1, -1)
+        q_BTE = torch.cat([class_B1E, queries_BME + masked_pos_BME], dim=1)
+        x_BTE = x_BTE + torch.cat([class_11E.expand(B, -1, -1), visible_pos_BVE], dim=1)
+        for block in self.blocks:
+            q_BTE = block(q_BTE, x_BTE)
+        return self.head(self.norm(q_BTE))
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Set every parameter and buffer from the seed and its name."""
+        init_parameters(self, seed)
+
+
+@torch.no_grad()
+def init_parameters(root: nn.Module, seed: int, prefix: str = "") -> None:
+    """Initialise: Linear Xavier-uniform with zero bias, LN 1/0, class tokens normal(0, 0.02), mask token zero.
+
+    Each random tensor is drawn whole on the CPU by a generator of its own, seeded from (seed, prefix + name).
+    """
+
+    def generator(name: str) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(fold(0, seed, purpose(prefix + name)))
+
+    for name, module in root.named_modules():
+        if isinstance(module, nn.Linear):
+            weight = torch.empty(module.weight.shape, dtype=torch.float32)
+            nn.init.xavier_uniform_(weight, generator=generator(f"{name}.weight"))
+            module.weight.copy_(weight)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1.0)
+            module.bias.zero_()
+        elif isinstance(module, (VisionTransformer, CrossDecoder)):
+            token = torch.empty(module.cls_token.shape, dtype=torch.float32)
+            module.cls_token.copy_(token.normal_(0, CLASS_TOKEN_STD, generator=generator(f"{name}.cls_token")))
+            module.pos_embed.copy_(sincos_positions(module.pos_embed.shape[-1], module.grid_size))
+            if isinstance(module, CrossDecoder):
+                module.mask_token.zero_()

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Makes a virtual environment and runs the tests in it; further words go to pytest.
+#   VENV=.venv      where the virtual environment is, or shall be
+#   PYTHON=python3  what makes it (3.10 or newer)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
+[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+"$venv/bin/python" -m pip install --disable-pip-version-check -q -e ".[test]"
+PATH="$PWD/$venv/bin:$PATH"
+ruff check --config .ci/ruff.toml .
+ruff format --check --config .ci/ruff.toml .
+exec python -m pytest "$@"

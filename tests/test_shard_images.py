@@ -1,0 +1,72 @@
+"""The command tools/shard_images.py, run as a user runs it."""
+
+from __future__ import annotations
+
+import io
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from lmim.data.shards import ShardIndex, ShardReader
+
+TOOL = Path(__file__).parents[1] / "tools" / "shard_images.py"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+
+
+def folder_of_images(folder: Path, broken: int = 0) -> Path:
+    out = io.BytesIO()
+    Image.new("L", (40, 30), 9).save(out, "PNG")
+    for i in range(6):
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(out.getvalue())
+    for i in range(broken):
+        (folder / "class0" / f"broken{i:02d}.png").write_bytes(b"no pixels")
+    return folder
+
+
+def test_a_folder_becomes_shards_and_the_last_line_says_what_they_hold(tmp_path):
+    images, dst = folder_of_images(tmp_path / "images", broken=12), tmp_path / "shards"
+    done = run(images, dst, "--samples-per-shard", 4, "--short-side", 15, "--quality", 80, "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.strip()
+    index = ShardIndex.open(dst)
+    assert "\n" not in line and f"2 shards, 6 samples, 2 classes, {index.bytes} bytes, 12 skipped: " in line
+    assert line.count("class0/broken") == 10 and line.endswith("; and 2 more")
+    assert "18/18 images" in done.stderr
+    assert ShardReader(index).read(0).suffix == "jpg"
+
+
+def test_both_embedded_splits(tmp_path):
+    assert runpy.run_path(str(TOOL))["main"](["embedded", str(tmp_path / "data")]) == 0
+    assert [len(ShardIndex.open(tmp_path / "data" / split)) for split in ("train", "eval")] == [10_000, 2_000]
+
+
+def test_user_mistakes_end_with_one_line_and_exit_code_2(tmp_path, capsys):
+    images, dst = folder_of_images(tmp_path / "images"), tmp_path / "shards"
+    main = runpy.run_path(str(TOOL))["main"]
+    assert main([str(images), str(dst), "--no-shuffle"]) == 0
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        ([tmp_path / "nowhere", tmp_path / "new"], "does not exist"),
+        ([tmp_path / "empty", tmp_path / "new"], "holds no images"),
+        (["embedded:test", tmp_path / "new"], "embedded:train and embedded:eval"),
+        ([images, dst], "--overwrite"),
+        ([images, dst, "--overwrite", "--samples-per-shard", 0], "samples_per_shard (0) must be at least 1"),
+    ):
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 1 and words in err, err
+    assert main([str(images), str(dst), "--overwrite"]) == 0
+
+
+def test_a_mistake_shows_no_traceback(tmp_path):
+    done = run(tmp_path / "nowhere", tmp_path / "new")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("shard_images: SRC (")
