@@ -346,8 +346,12 @@ def validate(config: Config, world_size: int) -> Split:
 
 
 def _check_ranges(flat: dict[str, Any]) -> None:
-    rules = [(POSITIVE, lambda x: x > 0, "above 0"), (NOT_NEGATIVE, lambda x: x >= 0, "0 or above"),
-             (UNIT_INTERVAL, lambda x: 0 <= x <= 1, "from 0 to 1"), (BELOW_ONE, lambda x: 0 <= x < 1, "from 0 to below 1")]  # fmt: skip
+    rules = [
+        (POSITIVE, lambda x: x > 0, "above 0"),
+        (NOT_NEGATIVE, lambda x: x >= 0, "0 or above"),
+        (UNIT_INTERVAL, lambda x: 0 <= x <= 1, "from 0 to 1"),
+        (BELOW_ONE, lambda x: 0 <= x < 1, "from 0 to below 1"),
+    ]
     for keys, holds, words in rules:
         for key in keys:
             values = flat[key] if isinstance(flat[key], list) else [flat[key]]
@@ -373,13 +377,18 @@ def _check_model(config: Config) -> None:
                 f"{dim_key} ({dim}) must be a multiple of 4 for the position table: take {dim // 4 * 4 + 4}"
             )
     cells = model.grid_size**2
-    if config.objective.num_visible >= cells:
-        raise ConfigError(f"objective.num_visible ({config.objective.num_visible}) must be below the number of cells "
-                          f"({model.grid_size} x {model.grid_size} = {cells}), so that something is masked")  # fmt: skip
+    visible = config.objective.num_visible
+    if visible > cells - 2:
+        raise ConfigError(
+            f"objective.num_visible ({visible}) must leave two of the {model.grid_size} x {model.grid_size} = {cells} "
+            f"cells (model.grid_size) masked: at most {cells - 2}"
+        )
     needed = crop_size(model)
     if config.data.crop_size not in (None, needed):
-        raise ConfigError(f"data.crop_size ({config.data.crop_size}) does not fit model.grid_size x (patch_size + patch_gap) "
-                          f"= {model.grid_size} x ({dims['patch_size']} + {model.patch_gap}) = {needed}: set {needed} or leave it out")  # fmt: skip
+        raise ConfigError(
+            f"data.crop_size ({config.data.crop_size}) does not fit model.grid_size x (patch_size + patch_gap) = "
+            f"{model.grid_size} x ({dims['patch_size']} + {model.patch_gap}) = {needed}: set {needed} or leave it out"
+        )
 
 
 def _split(config: Config, world_size: int) -> Split:
@@ -387,7 +396,8 @@ def _split(config: Config, world_size: int) -> Split:
     if micro is None:
         if batch % world_size:
             raise ConfigError(
-                f"data.global_batch ({batch}) is not divisible by the number of ranks ({world_size}); {_nearest(batch, world_size)}"
+                f"data.global_batch ({batch}) is not divisible by the number of ranks ({world_size}); "
+                f"{_nearest(batch, world_size)}"
             )
         micro = batch // world_size
     if batch % (world_size * micro):

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 _LAUNCHERS = {
     "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-}  # fmt: skip
+    "openmpi": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def available_cores() -> int:
 
 
 def init(topology: Topology, timeout_minutes: float) -> None:
-    """Start the process group (NCCL with gloo beside it on GPUs, gloo on CPUs) and give each rank its share of cores."""
+    """Start the process group (NCCL and gloo on GPUs, gloo on CPUs) and give each rank its share of cores."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(available_cores() // topology.local_world_size, 1))
     if topology.device.type == "cuda":

@@ -139,9 +139,11 @@ class ProgressLine:
     def update(self, row: dict[str, Any]) -> None:
         """Show the newest step's values."""
         done = row["step"] + 1
-        words = (f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
-                 f"similarity of predictions {row['similarity_predictions']:.2f} visible {row['similarity_visible']:.2f} "
-                 f"targets {row['similarity_targets']:.2f}  {row['images_per_second']:.0f} images/s")  # fmt: skip
+        words = (
+            f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  similarity predictions "
+            f"{row['similarity_predictions']:.2f} visible {row['similarity_visible']:.2f} "
+            f"targets {row['similarity_targets']:.2f}  {row['images_per_second']:.0f} images/s"
+        )
         if self._bar:
             self._bar.update(self._task, completed=done, description=words)
         left_s = (time.perf_counter() - self._began) / max(done - self._start, 1) * (self.total_steps - done)
@@ -161,7 +163,7 @@ def clock(seconds: float) -> str:
 
 
 def set_up_logging(run_folder: Path | None, is_main: bool) -> None:
-    """Send this package's messages of the first rank to the terminal and `train.log`; other ranks' warnings to stderr."""
+    """Send the first rank's messages to the terminal and `train.log`, other ranks' warnings to stderr."""
     root = logging.getLogger("lmim")
     root.handlers.clear()
     root.propagate = False

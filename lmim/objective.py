@@ -4,7 +4,7 @@ Owns `LatentMIM` (online encoder, target encoder, decoder), the losses and the s
 The invariants: the gradient reaches the online encoder and the decoder and never the target; `forward` holds no EMA,
 no schedule and no step counter; normalisations, logits and losses are computed in fp32 whatever the autocast.
 
-Letters: B images · V visible · M masked · T = 1 + V tokens · D encoder width. z: targets, ẑ: predictions, τ: temperature.
+Letters: B images · V visible · M masked · T tokens · D encoder width; z targets, ẑ predictions, τ temperature.
 """
 
 from __future__ import annotations

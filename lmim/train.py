@@ -72,7 +72,7 @@ class Plan:
         return steps
 
     def due(self, done: int, every: int) -> bool:
-        """Tell whether something that comes every so many steps comes after `done` steps; the last step always counts."""
+        """Tell whether what comes every so many steps comes after `done` of them; it always does after the last."""
         return every > 0 and (done % every == 0 or done == self.total_steps)
 
 
@@ -88,10 +88,11 @@ class Run:
     def open_data(self) -> None:
         data = self.config.data
         if self.topology.is_main:  # embedded images are sharded by the first rank
-            open_shards(data.train, self.folder)
-            open_shards(data.eval, self.folder)
+            open_shards("data.train", data.train, self.folder)
+            open_shards("data.eval", data.eval, self.folder)
         dist.barrier()
-        self.train_index, self.eval_index = open_shards(data.train, self.folder), open_shards(data.eval, self.folder)
+        self.train_index = open_shards("data.train", data.train, self.folder)
+        self.eval_index = open_shards("data.eval", data.eval, self.folder)
         if self.train_index is None:
             raise ConfigError("data.train is empty: give a folder of shards, made by tools/shard_images.py")
         self.plan = Plan(self.config, len(self.train_index))
@@ -110,8 +111,10 @@ class Run:
             return 0
         position, weights, optimizer = checkpoint.load(path)
         if position.data_fingerprint != self.train_index.fingerprint:
-            raise ConfigError(f"data.train ({self.config.data.train}) is not the data this run was trained on (its shards' "
-                              f"checksums differ from {path}'s): give that data, or another run.folder")  # fmt: skip
+            raise ConfigError(
+                f"data.train ({self.config.data.train}) is not the data this run was trained on (its shards' checksums "
+                f"differ from {path}'s): give that data, or another run.folder"
+            )
         checkpoint.check_same_model(weights, LatentMIM(self.config.model, self.config.objective), path)
         self.backend.load_state(TrainState(weights, optimizer))
         logger.info("going on from %s, step %d of %d", path, position.step, self.plan.total_steps)
@@ -278,5 +281,7 @@ def check_run_folder(config: Config) -> None:
     old, new = result_options(load_config(path)), result_options(config)
     changed = [f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in new if old.get(key) != new[key]]
     if changed:
-        raise ConfigError(f"run.folder ({config.run.folder}) was made with another configuration: {'; '.join(changed)}; "
-                          "take another run.folder, or those values")  # fmt: skip
+        raise ConfigError(
+            f"run.folder ({config.run.folder}) was made with another configuration: {'; '.join(changed)}; "
+            "take another run.folder, or those values"
+        )

@@ -89,7 +89,7 @@ class PatchEmbed(nn.Module):
 
 
 class Projector(nn.Module):
-    """Linear layers without bias, each followed by LN, with GELU between: D → H → … → H → D; depth 0 is the identity."""
+    """Linear layers without bias, each with LN after it, GELU between: D → H → … → H → D; depth 0: the identity."""
 
     def __init__(self, dim: int, hidden_dim: int, depth: int):
         super().__init__()

@@ -34,16 +34,19 @@ MAX_WORKERS = 16
 SUBSTITUTES = 64  # how many following samples are tried in place of one that cannot be read
 
 
-def open_shards(spec: str, run_folder: Path) -> ShardIndex | None:
-    """Open a folder of shards; "embedded:train" and "embedded:eval" are sharded into the run folder at first use."""
+def open_shards(option: str, spec: str, run_folder: Path) -> ShardIndex | None:
+    """Open the folder of shards that an option names, None if it is empty; complaints name the option.
+
+    "embedded:train" and "embedded:eval" are sharded into the run folder at first use, by one rank.
+    """
     if not spec:
         return None
     if spec not in EMBEDDED:
-        return ShardIndex.open(Path(spec))
+        return ShardIndex.open(Path(spec), option=option)
     folder = run_folder / "shards" / spec.partition(":")[2]
     if not (folder / "index.json").is_file():
-        write_shards(open_source(spec), folder)
-    return ShardIndex.open(folder)
+        write_shards(open_source(spec), folder, overwrite=True)
+    return ShardIndex.open(folder, option=option)
 
 
 class Batch(NamedTuple):

@@ -1,7 +1,8 @@
 """Nearest-neighbour accuracy, by the two protocols of the field.
 
 * `leave_one_out`, the released evaluator's: 1-NN inside the evaluation set, each image against all others.
-* `gallery`, the common one: the training set as gallery, k = 20 votes weighted by exp(cosine / 0.07) (arXiv:1805.01978).
+* `gallery`, the common one: the training set as gallery, k = 20 votes weighted by exp(cosine / 0.07)
+  (arXiv:1805.01978).
 
 Both use cosine similarity of the features. Ties go to the sample that comes first in the index, and between classes to
 the lower number.
@@ -62,8 +63,10 @@ def check_labels(index: ShardIndex | None, key: str) -> None:
     if index is None:
         raise ConfigError(f"{key} is empty: give a folder of labelled shards")
     if len(index) < 2 or (index.labels() < 0).any():
-        raise ConfigError(f"{key} ({index.folder}) needs two images or more, each with a label, for nearest neighbours: "
-                          "shard a folder with one subfolder a class, or set eval.knn_every=0st")  # fmt: skip
+        raise ConfigError(
+            f"{key} ({index.folder}) needs two images or more, each with a label, for nearest neighbours: "
+            "shard a folder with one subfolder a class, or set eval.knn_every=0st"
+        )
 
 
 def online_accuracy(encoder: VisionTransformer, index: ShardIndex, config: Config, topology: Topology) -> float:
@@ -88,7 +91,9 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[st
         checkpoint,
     )
     random.init_weights(config.run.seed)
-    test, train = (open_shards(spec, Path(config.run.folder)) for spec in (config.data.eval, config.data.train))
+    test, train = (
+        open_shards(f"data.{part}", getattr(config.data, part), Path(config.run.folder)) for part in ("eval", "train")
+    )
     check_labels(test, "data.eval")
     check_labels(train, "data.train")
     init(topology, config.parallel.timeout_minutes)

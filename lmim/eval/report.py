@@ -104,7 +104,7 @@ def _draw_knn(axes: Any, evals: list[dict], knn: dict[str, dict]) -> None:
 
 
 def _draw_clusters(figure: Any, run_folder: Path, config: Config) -> None:
-    index = open_shards(config.data.eval, run_folder)
+    index = open_shards("data.eval", config.data.eval, run_folder)
     images = _some_images(index, config)
     tokens = patch_tokens(load_encoder(run_folder), images)
     panels = figure.subplots(1 + len(CLUSTER_COUNTS), len(images))

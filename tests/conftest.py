@@ -1,0 +1,84 @@
+"""What several tests need: small shards, a tiny configuration, and runs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmim.data.datasets import Source, open_source
+from lmim.data.shards import write_shards
+
+REPOSITORY = Path(__file__).parent.parent
+TINY = [
+    "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "model.projector_dim=48", "model.decoder_dim=32",
+    "model.decoder_depth=1", "model.decoder_num_heads=2", "data.global_batch=32", "data.micro_batch=16",
+    "data.workers=0", "eval.knn_every=0st", "checkpoint.every=1000st", "log.every=1st", "precision.compute=fp32",
+    "objective.similarity_weight=0.1", "optim.warmup=10%",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def same_environment_after():
+    """Undo what starting a process group leaves in the environment, and keep torch to one thread."""
+    before = dict(os.environ)
+    torch.set_num_threads(1)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """300 training and 100 evaluation images of the embedded set, as shards of 64."""
+    folder = tmp_path_factory.mktemp("shards")
+    for split, count in (("train", 300), ("eval", 100)):
+        source = open_source(f"embedded:{split}")
+        some = Source(source.name, source.classes, tuple(islice(source.images, count)), ())
+        write_shards(some, folder / split, samples_per_shard=64)
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train_command(shards: Path, run_folder: Path, *settings: str, ranks: int = 0) -> list[str]:
+    """Return the command of a tiny run: alone for 0 ranks, else through the deepspeed launcher."""
+    alone = [sys.executable, "-m", "lmim"]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port",
+                str(free_port()), "--module", "lmim"]  # fmt: skip
+    return [
+        *(launcher if ranks else alone), "train", "configs/quickstart.yaml", *TINY, f"run.folder={run_folder}",
+        f"data.train={shards}/train", f"data.eval={shards}/eval", *settings,
+    ]  # fmt: skip
+
+
+def process_environment() -> dict[str, str]:
+    """Return an environment as a user's shell has it, with the interpreter's own commands first."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_training(*arguments, **options) -> str:
+    """Run a tiny training to its end and return what it printed."""
+    done = subprocess.run(train_command(*arguments, **options), cwd=REPOSITORY, env=process_environment(),
+                          capture_output=True, text=True, timeout=280)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def losses(run_folder: Path) -> list[float]:
+    """Return the loss of every step, checking that each step stands there once and in order."""
+    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [row["loss"] for row in rows]

@@ -1,0 +1,165 @@
+"""The house rules that a machine can hold: imports go downward only, optional packages stay out, the top level is fixed."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Every module of the package and its floor; an import must lead to a lower one. "" is lmim/__init__.py.
+LEVELS = {
+    "config": 0, "randomness": 0, "version": 0, "data": 0, "eval": 0,
+    "patches": 1, "schedules": 1, "optim": 1, "dist": 1,
+    "vit": 1.5,
+    "objective": 2, "convert": 2, "data.transforms": 2,
+    "metrics": 2.2, "checkpoint": 2.2, "data.datasets": 2.2,
+    "data.shards": 2.4,
+    "parallel": 3, "data.loader": 3,
+    "parallel.local": 3.5, "parallel.deepspeed": 3.5,
+    "eval.features": 4, "eval.clusters": 4,
+    "eval.knn": 4.3,
+    "eval.report": 4.6,
+    "train": 5,
+    "": 5.5,
+    "__main__": 6,
+}  # fmt: skip
+# The choice of a backend opens the chosen one only, inside a function: the one way up.
+DEFERRED = {("parallel", "parallel.local"), ("parallel", "parallel.deepspeed")}
+OPTIONAL = ("deepspeed", "wandb", "tensorboard", "matplotlib", "sklearn", "scipy")
+TOP_LEVEL = {"lmim", "configs", "launch", "tools", "tests", "docker", "README.md", "setup.cfg", "LICENSE",
+             "pyproject.toml", ".ci", ".gitignore", ".dockerignore"}  # fmt: skip
+
+
+def package_sources() -> dict[str, str]:
+    """Return {module: source}, modules named as in LEVELS."""
+    sources = {}
+    for path in sorted((ROOT / "lmim").rglob("*.py")):
+        parts = path.relative_to(ROOT / "lmim").with_suffix("").parts
+        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
+    return sources
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """Yield (absolute dotted name, whether inside a function) of every import, names of a `from` included."""
+    tree = ast.parse(source)
+    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+    inner = {id(n) for function in functions for n in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in inner) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from ((f"{module}.{alias.name}", id(node) in inner) for alias in node.names)
+
+
+def own_target(name: str) -> str | None:
+    """Return the module of LEVELS that a dotted name leads to, None for other packages, "?" for an unknown module."""
+    if name.startswith("."):
+        return "?"
+    first, _, rest = name.partition(".")
+    if first != "lmim":
+        return None
+    if rest in LEVELS:
+        return rest
+    above = rest.rpartition(".")[0]
+    return above if above in LEVELS else "?"
+
+
+def breaches(sources: dict[str, str]) -> list[str]:
+    found = []
+    for module, source in sources.items():
+        if module not in LEVELS:
+            found.append(f"{module} has no level")
+            continue
+        for name, inside in imports(source):
+            target = own_target(name)
+            if target == "?":
+                found.append(f"{module} imports {name}, which is relative or unknown")
+            elif target is not None and LEVELS[target] >= LEVELS[module] and not (inside and (module, target) in DEFERRED):
+                found.append(f"{module} imports {name} upward")
+    return found
+
+
+def users_of(sources: dict[str, str], dotted: str) -> set[str]:
+    """Return the modules that import a dotted name or write it as an attribute chain."""
+    package, _, attribute = dotted.partition(".")
+    found = set()
+    for module, source in sources.items():
+        chains = {ast.unparse(n) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)}
+        names = {name for name, _ in imports(source)}
+        if dotted in chains or any(name == dotted or name.startswith(dotted + ".") for name in names):
+            found.add(module)
+        assert f"{package} as" not in source or f"import {package} as" not in source, f"{module} renames {package}"
+    return found
+
+
+def test_imports_go_downward_only():
+    assert breaches(package_sources()) == []
+
+
+def test_every_level_is_a_module_that_exists():
+    assert set(LEVELS) == set(package_sources())
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("config", "from lmim.vit import VisionTransformer"),
+        ("patches", "import lmim.objective"),
+        ("patches", "from lmim import schedules"),
+        ("parallel.local", "def f():\n    from lmim.parallel.deepspeed import DeepSpeedBackend"),
+        ("parallel.deepspeed", "from lmim.parallel import local"),
+        ("parallel", "from lmim.parallel.local import LocalBackend"),
+        ("eval.features", "from lmim.eval import knn"),
+        ("train", "from lmim import load_config"),
+        ("vit", "from .patches import tile_patches"),
+        ("vit", "from lmim.utils import helper"),
+        ("helpers", ""),
+    ],
+)
+def test_the_checker_catches_a_breach(module, source):
+    assert len(breaches({module: source})) == 1
+
+
+def test_the_checker_lets_downward_and_foreign_imports_pass():
+    down = "import torch\nfrom lmim import checkpoint, dist\nfrom lmim.parallel import Backend\nimport lmim.eval.knn"
+    assert breaches({"train": down, "parallel": "def f():\n    from lmim.parallel.local import LocalBackend"}) == []
+
+
+def test_distribution_and_environment_are_touched_in_their_places_only():
+    sources = package_sources()
+    distributed = users_of(sources, "torch.distributed")
+    assert {m for m in distributed if m.split(".")[0] != "parallel"} <= {"dist", "checkpoint"}
+    assert "dist" in distributed  # else the search finds nothing at all
+    environment = users_of(sources, "os.environ") | users_of(sources, "os.getenv") | users_of(sources, "os.putenv")
+    assert environment <= {"dist", "profiling", "__main__"}
+    assert "dist" in environment
+
+
+def test_optional_packages_are_imported_inside_functions_only():
+    for module, source in package_sources().items():
+        at_import = {name.split(".")[0] for name, inside in imports(source) if not inside}
+        allowed = {"deepspeed"} if module == "parallel.deepspeed" else set()
+        assert at_import & set(OPTIONAL) <= allowed, module
+
+
+def test_import_lmim_is_quiet_and_loads_no_optional_package():
+    code = "import lmim, sys, json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert set(json.loads(done.stdout)) & set(OPTIONAL) == set()
+    assert done.stderr == ""
+
+
+def test_the_top_level_is_fixed():
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    found = {name.split("/")[0] for name in done.stdout.splitlines()}
+    assert found <= TOP_LEVEL
+    assert found >= TOP_LEVEL - {"docker", ".dockerignore"}
