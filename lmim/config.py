@@ -262,12 +262,23 @@ def flatten(config: Config) -> dict[str, Any]:
             for key, value in keys.items()}  # fmt: skip
 
 
+def _nearest_option(key: str, known: dict[str, Any]) -> str:
+    """Say what was probably meant: the nearest option, or the sections there are."""
+    section = key.partition(".")[0]
+    sections = _sections().split(", ")
+    if section not in sections:
+        near = difflib.get_close_matches(section, sections, n=1, cutoff=0.5)
+        return f"sections are {_sections()}" + (f"; did you mean {near[0]}?" if near else "")
+    near = difflib.get_close_matches(key, [k for k in known if k.startswith(f"{section}.")], n=1, cutoff=0.0)
+    return f"did you mean {near[0]}?"
+
+
 def _assign(config: Any, source: str, key: str, value: Any) -> None:
     known = flatten(Config())
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"sections are {_sections()}"
-        raise ConfigError(f"{key} (in {source}) is not an option; {hint}")
+        raise ConfigError(f"{key} (in {source}) is not an option; {_nearest_option(key, known)}")
+    if value is None and isinstance(known[key], str):
+        value = ""  # `data.eval=` and `eval:` without a value mean the empty text
     try:
         OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:

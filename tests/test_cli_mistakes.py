@@ -1,0 +1,141 @@
+"""Wrong input ends with one clear line, exit code 2 and no traceback; odd images train as RGB or are skipped by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+
+import pytest
+from PIL import Image
+
+from lmim.__main__ import main
+from tests.conftest import REPOSITORY, TINY, process_environment, run_training
+
+QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
+
+
+def refused(capsys, arguments: list[str]) -> str:
+    """Run a command that must be refused and return its one line."""
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.fixture
+def attempt(capsys, shards, tmp_path):
+    """Return a function that starts a tiny local run with some settings and returns the line that refuses it."""
+
+    def run(*settings: str) -> str:
+        base = [f"run.folder={tmp_path}/run", f"data.train={shards}/train", f"data.eval={shards}/eval"]
+        return refused(capsys, ["train", QUICKSTART, *TINY, "parallel.backend=local", *base, *settings])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("optim.base_lrr=1", ["optim.base_lrr", "did you mean optim.base_lr"]),
+        ("optimizer.lr=1", ["optimizer.lr", "did you mean optim?"]),
+        ("optim.base_lr=fast", ["optim.base_lr", "fast", "float"]),
+        ("model.depth=2.5", ["model.depth", "2.5", "int"]),
+        ("data.crop_size=36", ["data.crop_size (36)", "7 x (4 + 1) = 35"]),
+        ("data.global_batch=40", ["data.global_batch (40)", "1 x 16 = 16", "32 and 48"]),
+        ("objective.num_visible=49", ["objective.num_visible (49)", "7 x 7 = 49", "at most 47"]),
+        ("objective.loss=infonse", ["objective.loss (infonse)", "infonce, norm_l2"]),
+        ("optim.duration=30", ["optim.duration (30)", "800ep"]),
+        ("data.train=/nowhere/at/all", ["data.train", "/nowhere/at/all"]),
+        ("nonsense", ["nonsense", "section.key=value"]),
+    ],
+)
+def test_train_refuses(attempt, setting, named):
+    line = attempt(setting)
+    for words in named:
+        assert words in line, line
+
+
+def test_folder_without_images_and_without_shards(attempt, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert str(empty) in attempt(f"data.train={empty}")
+    (empty / "notes.txt").write_text("no image")
+    done = subprocess.run([sys.executable, "tools/shard_images.py", str(empty), str(tmp_path / "out")], cwd=REPOSITORY,
+                          env=process_environment(), capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and str(empty) in done.stderr
+
+
+def test_missing_config_file(capsys):
+    line = refused(capsys, ["train", str(REPOSITORY / "configs" / "quickstartt.yaml")])
+    assert "does not exist" in line and "quickstart.yaml" in line
+
+
+def test_another_run_folder_and_another_model(shards, tmp_path, capsys, attempt):
+    run_training(shards, tmp_path / "run", "optim.duration=2st", "parallel.backend=local")
+    line = attempt("optim.duration=2st", "optim.base_lr=0.5")
+    assert "run.folder" in line and "optim.base_lr (0.002 there, 0.5 now)" in line
+    line = refused(capsys, ["eval", "knn", QUICKSTART, "--checkpoint", str(tmp_path / "run")])
+    assert "another model" in line and "online." in line
+    # other data than the run was trained on
+    line = attempt("optim.duration=2st", f"data.train={shards}/eval")
+    assert "data.train" in line and "another run.folder" in line
+    # a damaged checkpoint
+    weights = next((tmp_path / "run" / "checkpoints").glob("step-*/weights.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01")
+    assert "damaged" in attempt("optim.duration=2st")
+
+
+@pytest.mark.launch
+def test_the_launcher_hands_the_line_and_the_code_through(shards, tmp_path):
+    from tests.conftest import train_command
+
+    command = train_command(shards, tmp_path / "run", "data.global_batch=33", ranks=2)
+    done = subprocess.run(command, cwd=REPOSITORY, env=process_environment(), capture_output=True, text=True, timeout=120)
+    output = done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback" not in output
+    assert output.count("error: data.global_batch (33) is not divisible by ranks x micro batch (2 x 16 = 32)") == 1
+
+
+def test_an_unreadable_image_is_counted_named_and_skipped(shards, tmp_path):
+    """Damage one member inside a shard, after it was made: the run goes on and says which image it left out."""
+    import shutil
+
+    shutil.copytree(shards / "train", tmp_path / "train")
+    tar = tmp_path / "train" / "shard-000001.tar"
+    with tarfile.open(tar) as archive:
+        member = next(m for m in archive if m.name.endswith(".png"))
+    with tar.open("r+b") as file:
+        file.seek(member.offset_data + 40)  # header and size stay: a download that stopped early looks like this
+        file.write(bytes(member.size - 40))
+    run_folder = tmp_path / "run"
+    output = run_training(shards, run_folder, "optim.duration=1ep", "parallel.backend=local", f"data.train={tmp_path}/train")
+    assert f"skipped {member.name}" in output
+    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["skipped_images"] == 1 and rows[0]["skipped_images"] <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_every_image_mode_trains(tmp_path, mode):
+    """Shard a folder of one mode, take two steps on it."""
+    source = tmp_path / "images"
+    source.mkdir()
+    suffix = "jpg" if mode == "CMYK" else "png"
+    for number in range(4):
+        grey = Image.linear_gradient("L").resize((40, 40 + number))
+        image = grey.convert("I").point(lambda v: v * 257).convert("I;16") if mode == "I;16" else grey.convert(mode)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG" if suffix == "jpg" else "PNG")
+        (source / f"{number}.{suffix}").write_bytes(buffer.getvalue())
+    from lmim.data.datasets import open_source
+    from lmim.data.shards import write_shards
+
+    write_shards(open_source(str(source)), tmp_path / "shards")
+    arguments = ["train", QUICKSTART, *TINY, "parallel.backend=local", f"run.folder={tmp_path}/run", "data.eval=",
+                 f"data.train={tmp_path}/shards", "data.global_batch=4", "data.micro_batch=4", "optim.duration=2st"]  # fmt: skip
+    assert main(arguments) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["skipped_images"] == 0 and row["loss"] > 0 for row in rows)

@@ -1,0 +1,73 @@
+"""The commands a newcomer meets: quickstart's plan, evaluation and the picture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+from PIL import Image
+
+from lmim.__main__ import main
+from tests.conftest import REPOSITORY, TINY, process_environment
+
+
+def test_quickstart_says_what_it_would_do(tmp_path):
+    done = subprocess.run(["bash", "launch/quickstart.sh", "--dry-run", "run.folder=somewhere"], cwd=REPOSITORY,
+                          env={**process_environment(), "VENV": str(tmp_path / "none")}, capture_output=True, text=True,
+                          timeout=60)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in ("-m venv", "pip install", "tools/shard_images.py embedded somewhere/shards", "deepspeed --num_gpus 2",
+                  "--module lmim train configs/quickstart.yaml", "lmim eval knn", "lmim report somewhere"):  # fmt: skip
+        assert words in done.stdout
+    assert not (REPOSITORY / "somewhere").exists()
+
+
+@pytest.fixture(scope="module")
+def run_folder(shards, tmp_path_factory):
+    """A run of six steps with nearest neighbours after the third and the last."""
+    folder = tmp_path_factory.mktemp("front") / "run"
+    arguments = [*TINY, "parallel.backend=local", f"run.folder={folder}", f"data.train={shards}/train",
+                 f"data.eval={shards}/eval", "optim.duration=6st", "eval.knn_every=3st"]  # fmt: skip
+    assert main(["train", str(REPOSITORY / "configs" / "quickstart.yaml"), *arguments]) == 0
+    return folder
+
+
+def test_what_a_run_leaves(run_folder):
+    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(6))
+    wanted = {"step", "epoch", "loss", "similarity_predictions", "similarity_visible", "similarity_targets", "lr",
+              "momentum", "similarity_target", "grad_norm", "images_per_second", "data_wait", "memory_gib", "skipped_images"}  # fmt: skip
+    assert set(rows[0]) == wanted
+    assert all(row["grad_norm"] > 0 and row["images_per_second"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
+    evals = [json.loads(line) for line in (run_folder / "eval.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in evals] == [-1, 2, 5]
+    assert all(0 < row["knn_leave_one_out"] < 1 for row in evals)
+    text = (run_folder / "train.log").read_text()
+    assert "step 6/6" in text and "done: 6 steps" in text
+
+
+def test_eval_knn_and_report(run_folder, capsys):
+    assert main(["eval", "knn", str(run_folder)]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    results = json.loads(lines[-1])
+    assert set(results) == {"pixels", "random", "online"}
+    assert all(0 < share < 1 for protocols in results.values() for share in protocols.values())
+    assert "leave-one-out 1-NN (released)" in lines[0] and "gallery 20-NN (common)" in lines[0]
+    last = json.loads((run_folder / "eval.jsonl").read_text().splitlines()[-1])
+    assert results["online"]["leave_one_out"] == pytest.approx(last["knn_leave_one_out"], abs=1e-5)
+    first = json.loads((run_folder / "eval.jsonl").read_text().splitlines()[0])
+    assert results["random"]["leave_one_out"] == pytest.approx(first["knn_leave_one_out"], abs=1e-5)
+
+    assert main(["report", str(run_folder)]) == 0
+    summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert set(summary) == {"run_folder", "figure", "knn_pixels", "knn_random", "knn_final", "images_per_second", "ranks"}
+    assert summary["ranks"] == 1 and summary["knn_final"] == pytest.approx(100 * results["online"]["leave_one_out"])
+    with Image.open(summary["figure"]) as figure:
+        colours = figure.convert("RGB").getcolors(maxcolors=2**24)
+        assert figure.width > 1000 and len(colours) > 500, "an empty picture"
+
+
+def test_report_without_a_run(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "log.jsonl" in capsys.readouterr().err
