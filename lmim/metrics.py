@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import resource
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -186,7 +187,7 @@ class Wandb:
         import wandb
 
         marker = run_folder / "wandb_id.txt"
-        run_id = marker.read_text().strip() if marker.is_file() else wandb.util.generate_id()
+        run_id = marker.read_text().strip() if marker.is_file() else secrets.token_hex(4)
         marker.write_text(run_id + "\n")
         self._run = wandb.init(project=config.log.wandb_project, name=config.run.name or run_folder.name, id=run_id,
                                resume="allow", mode=config.log.wandb, dir=str(run_folder), config=resolved)  # fmt: skip

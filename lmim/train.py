@@ -123,7 +123,7 @@ class Run:
     def open_sinks(self, start: int) -> None:
         self.meters = Meters(self.topology, self.config.data.global_batch)
         self.sinks: list[Any] = []
-        self.log = self.evals = self.progress = None
+        self.log = self.evals = self.progress = self.wandb = None
         if self.topology.is_main:
             save_config(self.config, self.folder / CONFIG_FILE)
             self.log, self.evals = JsonLines(self.folder / LOG_FILE, start), JsonLines(self.folder / EVAL_FILE, start)
@@ -137,7 +137,7 @@ class Run:
         rows = self.meters.flush()
         for row in rows if self.topology.is_main else ():
             self.log.write(row)
-            if self.config.log.wandb != "off":
+            if self.wandb:
                 self.wandb.write(row)
         if rows and self.topology.is_main:
             self.progress.update(rows[-1])
@@ -157,7 +157,7 @@ class Run:
                 step=done - 1, epoch=round(done / self.plan.steps_per_epoch, 4), knn_leave_one_out=round(accuracy, 5)
             )
             self.evals.write(row)
-            if self.config.log.wandb != "off" and done:
+            if self.wandb and done:
                 self.wandb.write(row)
             logger.info("step %d  leave-one-out nearest neighbour %.1f %%", done, 100 * accuracy)
 

@@ -71,3 +71,16 @@ def test_eval_knn_and_report(run_folder, capsys):
 def test_report_without_a_run(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "log.jsonl" in capsys.readouterr().err
+
+
+def test_wandb_offline_and_its_run_goes_on(shards, tmp_path):
+    from tests.conftest import run_training
+
+    settings = ("parallel.backend=local", "log.wandb=offline")
+    run_training(shards, tmp_path / "run", *settings, "optim.duration=2st")
+    first = (tmp_path / "run" / "wandb_id.txt").read_text()
+    run_training(shards, tmp_path / "run", *settings, "optim.duration=2st")
+    assert (tmp_path / "run" / "wandb_id.txt").read_text() == first
+    recorded = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(recorded) >= 1 and all(first.strip() in path.name for path in recorded)
+    assert any(b"similarity_targets" in path.read_bytes() for path in recorded)

@@ -172,14 +172,13 @@ def test_every_combination_of_options_trains(loss):
 
 def test_options_change_what_they_name():
     def loss_with(**options) -> float:
-        return latent_mim(**{"learnable_positions": False, **options})(crops(4), torch.arange(4), 0.5).loss.item()
+        return latent_mim(depth=2, **options)(crops(4), torch.arange(4), 0.5).loss.item()
 
     plain = loss_with()
     changed = dict(target_input="all", gap_jitter="full", visual_cues=False, projector_depth=1, drop_path=0.9, dropout=0.3)
     for key, value in changed.items():
-        several = {key: value, "depth": 2} if key == "drop_path" else {key: value}
-        assert loss_with(**several) != pytest.approx(loss_with(depth=2) if key == "drop_path" else plain, abs=1e-6), key
-    assert loss_with(learnable_positions=True) == pytest.approx(plain, abs=1e-7)  # the same values, but trained
+        assert loss_with(**{key: value}) != pytest.approx(plain, abs=1e-6), key
+    assert loss_with() == plain
 
 
 # --- batches and precision -------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Backend(Protocol):
         """Clip, run AdamW and return the gradient's norm before clipping, on the device."""
 
     def infer(self, which: str) -> AbstractContextManager[VisionTransformer]:
-        """Lend the "online" or "target" encoder for evaluation: no gradient, no noise, the run's precision."""
+        """Lend the "online" or "target" encoder for evaluation: no gradient, no noise, fp32."""
 
     def state(self) -> TrainState:
         """Gather the whole state; a collective."""
@@ -77,12 +77,12 @@ def attention_kernel(topology: Topology) -> AbstractContextManager:
 
 
 @contextmanager
-def lend(encoder: VisionTransformer, topology: Topology, config: Config) -> Iterator[VisionTransformer]:
-    """Lend an encoder for evaluation: no gradient, no noise, the run's precision."""
+def lend(encoder: VisionTransformer, topology: Topology) -> Iterator[VisionTransformer]:
+    """Lend an encoder for evaluation: no gradient, no noise, fp32 as when it is evaluated on its own."""
     training = encoder.training
     encoder.eval()
     try:
-        with torch.no_grad(), autocast(topology, config), attention_kernel(topology):
+        with torch.no_grad(), attention_kernel(topology):
             yield encoder
     finally:
         encoder.train(training)

@@ -98,7 +98,7 @@ class DeepSpeedBackend:
         return norm
 
     def infer(self, which: str) -> AbstractContextManager[VisionTransformer]:
-        return lend(self.model.get_submodule(which), self.topology, self.config)
+        return lend(self.model.get_submodule(which), self.topology)
 
     def state(self) -> TrainState:
         main = self.topology.is_main

@@ -53,7 +53,7 @@ class LocalBackend:
         return norm
 
     def infer(self, which: str) -> AbstractContextManager[VisionTransformer]:
-        return lend(self.model.get_submodule(which), self.topology, self.config)
+        return lend(self.model.get_submodule(which), self.topology)
 
     def state(self) -> TrainState:
         weights = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
