@@ -26,13 +26,13 @@ do_ "$venv/bin/python" -m pip install --disable-pip-version-check -e ".[report]"
 say "2/5 images to tar shards in $run/shards"
 [ -f "$run/shards/eval/index.json" ] || do_ "$venv/bin/python" tools/shard_images.py embedded "$run/shards"
 
-# Two ranks on CPUs; on GPUs all of them, or the most that divide the batch of 256.
+# Two ranks on CPUs; on GPUs all of them, or the most that divide the batch of 128.
 ranks=2
 if [ -x "$venv/bin/python" ]; then
   gpus=$("$venv/bin/python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
   if [ "$gpus" -gt 0 ]; then
     ranks=$gpus
-    while [ $((256 % ranks)) -ne 0 ]; do ranks=$((ranks - 1)); done
+    while [ $((128 % ranks)) -ne 0 ]; do ranks=$((ranks - 1)); done
   fi
 fi
 say "3/5 pretraining with $ranks ranks (log: $run/train.log)"

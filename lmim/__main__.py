@@ -26,15 +26,21 @@ OTHER_RANKS_WAIT_S = 3.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; users' mistakes end in one line."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(parsed, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # settings that follow an option, as in `eval knn CONFIG --which target eval.k=5`
+        parsed.overrides = [*parsed.overrides, *rest]
     try:
         return parsed.run(parsed)
     except (ConfigError, TrainingError) as error:
         # All ranks see most mistakes: the first speaks, and the launcher ends the others before they repeat it.
         rank = os.environ.get("RANK", "0")
+        words = str(error).strip().splitlines()[-1]  # a loader worker's error comes with its traceback in front
         if rank != "0":
             time.sleep(OTHER_RANKS_WAIT_S)
-        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        print(f"error: {words}" if rank == "0" else f"error on rank {rank}: {words}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lmim.config import Config, ConfigError, ModelConfig, model_dimensions
+from lmim.config import VARIANTS, Config, ConfigError, config_from_dict, config_hash, model_dimensions
 from lmim.convert import from_authors
 from lmim.vit import VisionTransformer
 
@@ -39,30 +40,38 @@ class Position:
 
     step: int
     data_fingerprint: str
+    micro_batch: int  # images per forward on one rank: the scope of the similarity penalty
 
 
-def save(run_folder: Path, position: Position, config: Config, weights: dict[str, Tensor],
-         optimizer: dict[str, Tensor], keep: int) -> Path:  # fmt: skip
+def save(
+    run_folder: Path,
+    position: Position,
+    config: Config,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    keep: int,
+) -> Path:
     """Commit one checkpoint and drop all but the newest `keep`; called on one rank."""
     folder = run_folder / "checkpoints"
     final = folder / f"step-{position.step:08d}"
+    for leftover in folder.glob(".step-*"):  # of saves that were interrupted
+        shutil.rmtree(leftover)
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     files = {}
     for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
         files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
         _sync(temporary / name)
-    state = dict(format=FORMAT, **asdict(position), config=asdict(config), files=files)
+    state = dict(format=FORMAT, **asdict(position), config=asdict(config), config_hash=config_hash(config), files=files)
     (temporary / STATE).write_text(json.dumps(state, indent=1))
     _sync(temporary / STATE)
     _sync(temporary)
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, folder / f".{final.name}.old")
     os.rename(temporary, final)
     _sync(folder)
-    for old in complete(run_folder)[:-keep]:
+    for old in [*folder.glob(".step-*.old"), *complete(run_folder)[:-keep]]:
         shutil.rmtree(old)
     return final
 
@@ -91,20 +100,34 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load(checkpoint: Path) -> tuple[Position, dict[str, Tensor], dict[str, Tensor]]:
-    """Read a checkpoint: where the run stood, its weights and its optimizer state; verified against its checksums."""
+def position_of(checkpoint: Path) -> Position:
+    """Return where the run stood."""
     state = read_state(checkpoint)
-    for name, recorded in state["files"].items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != recorded["bytes"] or _sha256(path) != recorded["sha256"]:
-            raise ConfigError(
-                f"{path} is missing or damaged (its checksum differs): delete {checkpoint} to go on from an older one"
-            )
-    return (
-        Position(state["step"], state["data_fingerprint"]),
-        load_file(checkpoint / WEIGHTS),
-        load_file(checkpoint / OPTIMIZER),
-    )
+    return Position(**{field.name: state[field.name] for field in fields(Position)})
+
+
+def config_of(checkpoint: Path) -> Config:
+    """Return the resolved configuration a checkpoint was made with."""
+    return config_from_dict(read_state(checkpoint)["config"], str(checkpoint))
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the weights, verified against their checksum."""
+    return _load(checkpoint, WEIGHTS)
+
+
+def load_optimizer(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the optimizer's state, verified against its checksum."""
+    return _load(checkpoint, OPTIMIZER)
+
+
+def _load(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    recorded, path = read_state(checkpoint)["files"][name], checkpoint / name
+    if not path.is_file() or path.stat().st_size != recorded["bytes"] or _sha256(path) != recorded["sha256"]:
+        raise ConfigError(
+            f"{path} is missing or damaged (its checksum differs): delete {checkpoint} to go on from an older one"
+        )
+    return load_file(path)
 
 
 def check_same_model(weights: dict[str, Tensor], model: nn.Module, checkpoint: Path) -> None:
@@ -119,41 +142,61 @@ def check_same_model(weights: dict[str, Tensor], model: nn.Module, checkpoint: P
             )
 
 
-def load_encoder(path: str | Path, which: str = "online") -> VisionTransformer:
+def load_encoder(path: str | Path, which: str = "online", *, num_heads: int | None = None) -> VisionTransformer:
     """Return a trained encoder in evaluation mode, ready for `forward_features`.
 
-    `path` is a run folder (its newest checkpoint), one checkpoint, or a `.pth` file of the authors' code, whose sizes
-    are read off its tensors (heads: 64 wide, as in all their models). `which` is "online" or "target".
+    `path` is a run folder (its newest checkpoint), one checkpoint, or a `.pth` file of the authors' code; `which` is
+    "online" or "target". A `.pth` file's sizes are read off its tensors, but they do not tell the number of attention
+    heads: a known width (tiny to huge) does, any other needs `num_heads`.
     """
     path = Path(path)
     if path.is_file():
-        weights = from_authors(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
-        sizes = _sizes_of(weights)
+        weights = _load_authors(path)
+        sizes = _sizes_of(weights, path, num_heads)
     else:
         checkpoint = path if (path / STATE).is_file() else newest(path)
         if checkpoint is None:
             raise ConfigError(f"{path} holds no complete checkpoint")
-        model = ModelConfig(**read_state(checkpoint)["config"]["model"])
-        _, weights, _ = load(checkpoint)
-        sizes = dict(model_dimensions(model), grid_size=model.grid_size, mlp_ratio=model.mlp_ratio,
-                     projector_dim=model.projector_dim, projector_depth=model.projector_depth,
-                     learnable_positions=model.learnable_positions)  # fmt: skip
+        weights, model = load_weights(checkpoint), config_of(checkpoint).model
+        sizes = dict(
+            model_dimensions(model),
+            grid_size=model.grid_size,
+            mlp_ratio=model.mlp_ratio,
+            projector_dim=model.projector_dim,
+            projector_depth=model.projector_depth,
+            learnable_positions=model.learnable_positions,
+        )
     encoder = VisionTransformer(**sizes)
     encoder.load_state_dict({k.removeprefix(f"{which}."): v for k, v in weights.items() if k.startswith(f"{which}.")})
     return encoder.eval()
 
 
-def _sizes_of(weights: dict[str, Tensor]) -> dict[str, Any]:
+def _load_authors(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return from_authors(content["state_dict"])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+        words = " ".join(str(error).split())[:150]
+        raise ConfigError(
+            f"{path} is no checkpoint file of the authors' code ({words}): give one, or a run folder"
+        ) from error
+
+
+def _sizes_of(weights: dict[str, Tensor], path: Path, num_heads: int | None) -> dict[str, Any]:
     """Read an encoder's sizes off its tensors' shapes."""
     dim, patch_numbers = weights["online.patch_embed.proj.weight"].shape
     blocks = {name.split(".")[2] for name in weights if name.startswith("online.blocks.")}
     linears = [name for name in weights if re.fullmatch(r"online\.projector\.linear\d+\.weight", name)]
+    known = {variant["embed_dim"]: variant["num_heads"] for variant in VARIANTS.values()}
+    heads = num_heads or known.get(dim)
+    if heads is None:
+        raise ConfigError(f"{path} does not tell its number of attention heads (width {dim}): give num_heads")
     return dict(
         grid_size=round((weights["online.pos_embed"].shape[1] - 1) ** 0.5),
         patch_size=round((patch_numbers / 3) ** 0.5),
         embed_dim=dim,
         depth=len(blocks),
-        num_heads=max(dim // 64, 1),
+        num_heads=heads,
         mlp_ratio=weights["online.blocks.0.mlp.fc1.weight"].shape[0] / dim,
         projector_depth=len(linears),
         projector_dim=weights["online.projector.linear0.weight"].shape[0] if linears else 4096,

@@ -174,8 +174,10 @@ POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_si
             "eval.resize", "eval.batch", "eval.k", "eval.temperature", "checkpoint.keep")  # fmt: skip
 NOT_NEGATIVE = ("run.seed", "model.patch_gap", "model.projector_depth", "objective.similarity_weight", "data.workers",
                 "optim.weight_decay", "optim.clip_norm")  # fmt: skip
-UNIT_INTERVAL = ("objective.momentum", "optim.floor", "optim.betas", "data.crop_scale")
-BELOW_ONE = ("model.drop_path", "model.dropout")
+UNIT_INTERVAL = ("objective.momentum", "optim.floor", "data.crop_scale")
+BELOW_ONE = ("model.drop_path", "model.dropout", "optim.betas")
+MAX_GRID = 256  # cells a side that `draw_views` can number
+MAX_SEED = 2**63 - 1
 
 
 # --- durations -------------------------------------------------------------------------------------------------------
@@ -215,6 +217,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
+def config_from_dict(content: dict[str, Any], source: str) -> Config:
+    """Return the `Config` that a nested dictionary (a checkpoint's) stands for; `source` is named in complaints."""
+    config = OmegaConf.structured(Config)
+    for section, keys in content.items():
+        for key, value in keys.items():
+            _assign(config, source, f"{section}.{key}", value)
+    return OmegaConf.to_object(config)
+
+
 def _file_items(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, str, Any]]:
     if not path.is_file():
         near = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
@@ -236,7 +247,7 @@ def _file_items(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, str, 
     for section, keys in content.items():
         if isinstance(keys, dict):
             yield from ((str(path), f"{section}.{key}", value) for key, value in keys.items())
-        else:
+        elif keys is not None:  # a section without keys is a section left as it is
             yield str(path), str(section), keys
 
 
@@ -282,15 +293,11 @@ def _assign(config: Any, source: str, key: str, value: Any) -> None:
     try:
         OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:
-        default = known[key]
+        example = "" if known[key] is None else f", such as {known[key]!r}"
         section, name = key.split(".")
         annotation = next(f.type for f in dataclasses.fields(getattr(Config(), section)) if f.name == name)
-        wanted = (
-            str(annotation).replace("Optional[", "").replace("]", "", 1)
-            if "Optional" in str(annotation)
-            else annotation
-        )
-        raise ConfigError(f"{key} ({value!r} in {source}) must be of type {wanted}, such as {default!r}") from error
+        wanted = re.sub(r"Optional\[(.*)\]", r"\1", str(annotation))
+        raise ConfigError(f"{key} ({value!r} in {source}) must be of type {wanted}{example}") from error
 
 
 # --- what follows from it --------------------------------------------------------------------------------------------
@@ -323,6 +330,12 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(result_options(config), sort_keys=True).encode()).hexdigest()
 
 
+def changed_options(old: Config, new: Config) -> list[str]:
+    """Say which options that affect the result differ: "optim.base_lr (0.1 there, 0.2 now)"."""
+    before, now = result_options(old), result_options(new)
+    return [f"{key} ({before[key]} there, {now[key]} now)" for key in now if before[key] != now[key]]
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
@@ -353,6 +366,8 @@ def validate(config: Config, world_size: int) -> Split:
         duration_steps(flat[key], steps_per_epoch=1.0, total_steps=total, key=key)
     if config.parallel.backend == "local" and world_size > 1:
         raise ConfigError(f"parallel.backend (local) runs one process, not {world_size}: choose deepspeed")
+    if config.precision.reduce == "bf16" and config.precision.compute == "fp32":
+        raise ConfigError("precision.reduce (bf16) needs precision.compute (fp32) to be bf16 too: set one or the other")
     return _split(config, world_size)
 
 
@@ -368,6 +383,13 @@ def _check_ranges(flat: dict[str, Any]) -> None:
             values = flat[key] if isinstance(flat[key], list) else [flat[key]]
             if any(value is not None and not holds(value) for value in values):
                 raise ConfigError(f"{key} ({flat[key]}) must be {words}")
+    for key, value in flat.items():
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in values):
+            raise ConfigError(f"{key} ({value}) must be finite")
+    for key, most in (("run.seed", MAX_SEED), ("model.grid_size", MAX_GRID)):
+        if flat[key] > most:
+            raise ConfigError(f"{key} ({flat[key]}) must be at most {most}")
     for key in ("optim.betas", "data.crop_scale", "data.crop_ratio"):
         if len(flat[key]) != 2 or (key != "optim.betas" and not 0 < flat[key][0] <= flat[key][1]):
             raise ConfigError(
@@ -393,6 +415,11 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             f"objective.num_visible ({visible}) must leave two of the {model.grid_size} x {model.grid_size} = {cells} "
             f"cells (model.grid_size) masked: at most {cells - 2}"
+        )
+    view = model.grid_size * dims["patch_size"]
+    if config.eval.resize is not None and config.eval.resize < view:
+        raise ConfigError(
+            f"eval.resize ({config.eval.resize}) must be at least the centre crop, grid_size x patch_size = {view}"
         )
     needed = crop_size(model)
     if config.data.crop_size not in (None, needed):

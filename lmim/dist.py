@@ -73,8 +73,9 @@ def discover() -> Topology:
 
 
 def _ranks_here(world: str) -> int:
-    """Return how many ranks share this host; the deepspeed launcher says so only by CROSS_SIZE, the number of hosts."""
-    return max(int(world) // max(int(os.environ.get("CROSS_SIZE", "1")), 1), 1)
+    """Return how many ranks share this host where only the number of hosts is told (deepspeed: CROSS_SIZE)."""
+    hosts = os.environ.get("CROSS_SIZE") or os.environ.get("SLURM_NNODES") or "1"
+    return max(int(world) // max(int(hosts), 1), 1)
 
 
 def _device(local_rank: int) -> torch.device:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from lmim.config import Config
@@ -106,7 +106,7 @@ class JsonLines:
     """A `.jsonl` file that goes on at a step: rows from that step on, written by a run that was cut, are dropped."""
 
     def __init__(self, path: Path, start_step: int):
-        kept = [row for row in read_rows(path) if row["step"] < start_step]
+        kept = [row for row in read_rows(path) if start_step and row["step"] < start_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
@@ -131,8 +131,8 @@ class ProgressLine:
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             self._bar = Progress(
-                TextColumn("[bold]lmim"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(),
+                BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.description}"), TextColumn("left"),
+                TimeRemainingColumn(), console=Console(),
             )  # fmt: skip
             self._task = self._bar.add_task("starting", total=total_steps, completed=start_step)
             self._bar.start()
@@ -146,7 +146,8 @@ class ProgressLine:
             f"targets {row['similarity_targets']:.2f}  {row['images_per_second']:.0f} images/s"
         )
         if self._bar:
-            self._bar.update(self._task, completed=done, description=words)
+            short = f"loss {row['loss']:.3f} {row['images_per_second']:.0f} images/s"  # fits 80 columns
+            self._bar.update(self._task, completed=done, description=short)
         left_s = (time.perf_counter() - self._began) / max(done - self._start, 1) * (self.total_steps - done)
         text = f"step {done}/{self.total_steps}  {words}  waiting {row['data_wait']:.0%}  left {clock(left_s)}"
         logger.info(text, extra={"progress": True})
@@ -163,13 +164,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
+class _Screen(logging.Handler):
+    """Prints to whatever stdout is by then, so that lines go above the moving one and not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
 def set_up_logging(run_folder: Path | None, is_main: bool) -> None:
     """Send the first rank's messages to the terminal and `train.log`, other ranks' warnings to stderr."""
     root = logging.getLogger("lmim")
     root.handlers.clear()
     root.propagate = False
     root.setLevel(logging.INFO if is_main else logging.WARNING)
-    screen = logging.StreamHandler(sys.stdout if is_main else sys.stderr)
+    screen = _Screen() if is_main else logging.StreamHandler(sys.stderr)
     screen.setFormatter(logging.Formatter("%(message)s"))
     if sys.stdout.isatty():  # the moving line shows progress there
         screen.addFilter(lambda record: not getattr(record, "progress", False))

@@ -9,6 +9,7 @@ number of cells. The crop is S = G·(P+J) px. A flat patch orders its P·P·3 nu
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -78,18 +79,21 @@ def join_patches(patches_BNC: Tensor, patch_size: int, rows: int) -> Tensor:
     return tiles.permute(0, 5, 1, 3, 2, 4).reshape(B, C, rows * P, N // rows * P)
 
 
+@functools.cache
+def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation on the scale of bytes, made once per device: a copy in every step would wait for it."""
+    return torch.tensor(IMAGENET_MEAN, device=device) * 255, torch.tensor(IMAGENET_STD, device=device) * 255
+
+
 def normalize_patches(patches: Tensor) -> Tensor:
     """Turn uint8 patches (…, P·P·3) into floats with ImageNet's mean and deviation taken off; pass floats through."""
     if patches.dtype != torch.uint8:
         return patches
-    repeats = patches.shape[-1] // 3
-    mean = torch.tensor(IMAGENET_MEAN, device=patches.device).mul(255).repeat(repeats)
-    std = torch.tensor(IMAGENET_STD, device=patches.device).mul(255).repeat(repeats)
-    return (patches - mean) / std
+    mean, std = _imagenet(patches.device)
+    return ((patches.unflatten(-1, (-1, 3)) - mean) / std).flatten(-2)
 
 
 def normalize_images(images_BCHW: Tensor) -> Tensor:
     """Turn uint8 images into floats with ImageNet's mean and deviation taken off."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images_BCHW.device).mul(255)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=images_BCHW.device).mul(255)[:, None, None]
-    return (images_BCHW - mean) / std
+    mean, std = _imagenet(images_BCHW.device)
+    return (images_BCHW - mean[:, None, None]) / std[:, None, None]

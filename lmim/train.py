@@ -15,20 +15,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lmim import checkpoint, dist
 from lmim.config import (
     Config,
     ConfigError,
+    changed_options,
     crop_size,
     duration_steps,
     load_config,
-    result_options,
     save_config,
     validate,
 )
-from lmim.data.loader import Batch, open_shards, train_batches
+from lmim.data.loader import Batch, open_data, train_batches
 from lmim.eval.knn import check_labels, online_accuracy
-from lmim.metrics import EVAL_FILE, LOG_FILE, JsonLines, Meters, ProgressLine, Wandb, set_up_logging
+from lmim.metrics import EVAL_FILE, LOG_FILE, JsonLines, Meters, ProgressLine, Wandb, read_rows, set_up_logging
 from lmim.objective import LatentMIM
 from lmim.parallel import Backend, TrainState, build_backend
 from lmim.schedules import Schedules
@@ -61,7 +63,8 @@ class Plan:
         if self.schedules.warmup_steps > self.total_steps:
             raise ConfigError(f"optim.warmup ({optim.warmup}) is longer than optim.duration ({optim.duration})")
         self.log_every = max(self.steps(config.log.every, "log.every"), 1)
-        self.checkpoint_every = max(self.steps(config.checkpoint.every, "checkpoint.every"), 1)
+        # 0st: only at the end, or when the run is stopped
+        self.checkpoint_every = self.steps(config.checkpoint.every, "checkpoint.every") or self.total_steps
         self.knn_every = self.steps(config.eval.knn_every, "eval.knn_every")
 
     def steps(self, duration: str, key: str) -> int:
@@ -86,13 +89,7 @@ class Run:
         check_run_folder(config)
 
     def open_data(self) -> None:
-        data = self.config.data
-        if self.topology.is_main:  # embedded images are sharded by the first rank
-            open_shards("data.train", data.train, self.folder)
-            open_shards("data.eval", data.eval, self.folder)
-        dist.barrier()
-        self.train_index = open_shards("data.train", data.train, self.folder)
-        self.eval_index = open_shards("data.eval", data.eval, self.folder)
+        self.train_index, self.eval_index = open_data(self.config, self.topology)
         if self.train_index is None:
             raise ConfigError("data.train is empty: give a folder of shards, made by tools/shard_images.py")
         self.plan = Plan(self.config, len(self.train_index))
@@ -109,14 +106,24 @@ class Run:
         path = checkpoint.newest(self.folder)
         if path is None:
             return 0
-        position, weights, optimizer = checkpoint.load(path)
+        position = checkpoint.position_of(path)
+        refuse_changes(checkpoint.config_of(path), self.config, str(path))
         if position.data_fingerprint != self.train_index.fingerprint:
             raise ConfigError(
                 f"data.train ({self.config.data.train}) is not the data this run was trained on (its shards' checksums "
                 f"differ from {path}'s): give that data, or another run.folder"
             )
-        checkpoint.check_same_model(weights, LatentMIM(self.config.model, self.config.objective), path)
-        self.backend.load_state(TrainState(weights, optimizer))
+        if self.config.objective.similarity_weight and position.micro_batch != self.split.micro_batch:
+            logger.warning(
+                "micro batch is %d, not %d as before: the similarity penalty averages over a micro-batch, so losses "
+                "may differ slightly from an unbroken run's",
+                self.split.micro_batch,
+                position.micro_batch,
+            )
+        weights = checkpoint.load_weights(path)
+        with torch.device("meta"):
+            checkpoint.check_same_model(weights, LatentMIM(self.config.model, self.config.objective), path)
+        self.backend.load_state(TrainState(weights, checkpoint.load_optimizer(path)))
         logger.info("going on from %s, step %d of %d", path, position.step, self.plan.total_steps)
         return position.step
 
@@ -141,10 +148,10 @@ class Run:
                 self.wandb.write(row)
         if rows and self.topology.is_main:
             self.progress.update(rows[-1])
-        bad = [row["step"] for row in rows if not math.isfinite(row["loss"])]
+        bad = [row["step"] for row in rows if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]))]
         if bad:
             newest = checkpoint.newest(self.folder)
-            raise TrainingError(f"the loss is not finite since step {bad[0]}; the last checkpoint is {newest}")
+            raise TrainingError(f"loss or gradient is not finite at step {bad[0]}; the last checkpoint is {newest}")
 
     def evaluate(self, done: int) -> None:
         """Measure leave-one-out accuracy after `done` steps; the row carries the last finished step, −1 before any."""
@@ -161,10 +168,15 @@ class Run:
                 self.wandb.write(row)
             logger.info("step %d  leave-one-out nearest neighbour %.1f %%", done, 100 * accuracy)
 
+    def evaluated(self, done: int) -> bool:
+        """Tell whether the accuracy after `done` steps is on record: a stop at that step leaves it out."""
+        rows = read_rows(self.folder / EVAL_FILE) if self.topology.is_main else []
+        return dist.gather_objects(any(row["step"] == done - 1 for row in rows))[0]
+
     def save(self, done: int) -> None:
         state = self.backend.state()
         if self.topology.is_main:
-            position = checkpoint.Position(done, self.train_index.fingerprint)
+            position = checkpoint.Position(done, self.train_index.fingerprint, self.split.micro_batch)
             path = checkpoint.save(
                 self.folder, position, self.config, state.weights, state.optimizer, self.config.checkpoint.keep
             )
@@ -196,7 +208,10 @@ def train(config: Config | str | Path) -> int:
     topology = dist.discover()
     run = Run(config, topology)
     if topology.is_main:
-        run.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run.folder ({run.folder}) cannot be made: {error.strerror}") from error
     set_up_logging(run.folder, topology.is_main)
     dist.init(topology, config.parallel.timeout_minutes)
     stop = dist.StopRequest()
@@ -221,8 +236,8 @@ def _steps(run: Run, backend: Backend, start: int, stop: dist.StopRequest) -> in
     )  # fmt: skip
     run.open_sinks(start)
     try:
-        if start == 0:
-            run.evaluate(0)
+        if start == 0 or (plan.due(start, plan.knn_every) and not run.evaluated(start)):
+            run.evaluate(start)
         run.meters.restart_clock()
         for step in range(start, plan.total_steps):
             hyper = plan.schedules.at(step)
@@ -274,14 +289,19 @@ def next_batch(batches: Iterator[Batch], run: Run) -> Batch:
 
 
 def check_run_folder(config: Config) -> None:
-    """Refuse a run folder that was made with another configuration, as far as it affects the result."""
-    path = Path(config.run.folder) / CONFIG_FILE
-    if not path.is_file():
-        return
-    old, new = result_options(load_config(path)), result_options(config)
-    changed = [f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in new if old.get(key) != new[key]]
+    """Refuse a run folder that cannot be one, or that was made with another configuration."""
+    folder = Path(config.run.folder)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.folder ({folder}) is a file: give a folder")
+    if (folder / CONFIG_FILE).is_file():
+        refuse_changes(load_config(folder / CONFIG_FILE), config, f"run.folder ({folder})")
+
+
+def refuse_changes(old: Config, new: Config, made: str) -> None:
+    """Refuse a change of anything that affects the result."""
+    changed = changed_options(old, new)
     if changed:
         raise ConfigError(
-            f"run.folder ({config.run.folder}) was made with another configuration: {'; '.join(changed)}; "
+            f"{made} was made with another configuration: {'; '.join(changed)}; "
             "take another run.folder, or those values"
         )

@@ -172,7 +172,11 @@ class VisionTransformer(nn.Module):
         depth = len(self.blocks)
         if indices is None:
             indices = depth
-        chosen = range(depth - indices, depth) if isinstance(indices, int) else [i % depth for i in indices]
+        chosen = (
+            list(range(depth - indices, depth)) if isinstance(indices, int) else [i + depth * (i < 0) for i in indices]
+        )
+        if not chosen or not all(0 <= i < depth for i in chosen):
+            raise ValueError(f"indices ({indices}) must name blocks of {depth}")
         rows, cols = images_BCHW.shape[2] // self.patch_size, images_BCHW.shape[3] // self.patch_size
         positions = self.pos_embed
         if (rows, cols) != (self.grid_size, self.grid_size):

@@ -27,7 +27,7 @@ def model() -> LatentMIM:
 def save(folder, model, step, keep=2):
     config = dataclasses.replace(Config(), model=MODEL)
     moments = {"exp_avg/a": torch.full((3,), float(step))}
-    return checkpoint.save(folder, checkpoint.Position(step, "data"), config, model.state_dict(), moments, keep)
+    return checkpoint.save(folder, checkpoint.Position(step, "data", 8), config, model.state_dict(), moments, keep)
 
 
 def test_round_trip_and_retention(tmp_path, model):
@@ -35,8 +35,10 @@ def test_round_trip_and_retention(tmp_path, model):
         path = save(tmp_path, model, step)
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-00000010", "step-00000015"]
     assert checkpoint.newest(tmp_path) == path
-    position, weights, optimizer = checkpoint.load(path)
-    assert position == checkpoint.Position(15, "data") and optimizer["exp_avg/a"].tolist() == [15.0] * 3
+    weights, optimizer = checkpoint.load_weights(path), checkpoint.load_optimizer(path)
+    assert checkpoint.position_of(path) == checkpoint.Position(15, "data", 8)
+    assert checkpoint.config_of(path).model == MODEL
+    assert optimizer["exp_avg/a"].tolist() == [15.0] * 3
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -54,14 +56,14 @@ def test_an_interrupted_save_is_never_chosen(tmp_path, model, monkeypatch):
                 save(tmp_path, model, 10)
         assert checkpoint.newest(tmp_path).name == "step-00000005"
     assert save(tmp_path, model, 10).name == "step-00000010"
-    assert not list((tmp_path / "checkpoints").glob(".*.tmp"))
+    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_damage_is_named(tmp_path, model):
     path = save(tmp_path, model, 5)
     (path / "optimizer.safetensors").write_bytes(b"short")
     with pytest.raises(ConfigError, match=r"optimizer\.safetensors is missing or damaged"):
-        checkpoint.load(path)
+        checkpoint.load_optimizer(path)
 
 
 @pytest.mark.parametrize("which", ["online", "target"])

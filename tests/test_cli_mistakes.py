@@ -1,4 +1,4 @@
-"""Wrong input ends with one clear line, exit code 2 and no traceback; odd images train as RGB or are skipped by name."""
+"""Wrong input ends with one clear line, exit code 2 and no traceback; odd images train or are skipped by name."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def test_the_launcher_hands_the_line_and_the_code_through(shards, tmp_path):
     from tests.conftest import train_command
 
     command = train_command(shards, tmp_path / "run", "data.global_batch=33", ranks=2)
-    done = subprocess.run(command, cwd=REPOSITORY, env=process_environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=process_environment(), capture_output=True, text=True, timeout=120
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 2 and "Traceback" not in output
     assert output.count("error: data.global_batch (33) is not divisible by ranks x micro batch (2 x 16 = 32)") == 1
@@ -112,7 +114,9 @@ def test_an_unreadable_image_is_counted_named_and_skipped(shards, tmp_path):
         file.seek(member.offset_data + 40)  # header and size stay: a download that stopped early looks like this
         file.write(bytes(member.size - 40))
     run_folder = tmp_path / "run"
-    output = run_training(shards, run_folder, "optim.duration=1ep", "parallel.backend=local", f"data.train={tmp_path}/train")
+    output = run_training(
+        shards, run_folder, "optim.duration=1ep", "parallel.backend=local", f"data.train={tmp_path}/train"
+    )
     assert f"skipped {member.name}" in output
     rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["skipped_images"] == 1 and rows[0]["skipped_images"] <= 1
@@ -135,7 +139,8 @@ def test_every_image_mode_trains(tmp_path, mode):
 
     write_shards(open_source(str(source)), tmp_path / "shards")
     arguments = ["train", QUICKSTART, *TINY, "parallel.backend=local", f"run.folder={tmp_path}/run", "data.eval=",
-                 f"data.train={tmp_path}/shards", "data.global_batch=4", "data.micro_batch=4", "optim.duration=2st"]  # fmt: skip
+                 f"data.train={tmp_path}/shards", "data.global_batch=4", "data.micro_batch=4",
+                 "optim.duration=2st"]  # fmt: skip
     assert main(arguments) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(row["skipped_images"] == 0 and row["loss"] > 0 for row in rows)

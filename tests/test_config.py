@@ -54,14 +54,31 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 def test_defaults_are_the_specs():
     flat = flatten(Config())
     expected = {
-        "model.variant": "base", "model.grid_size": 14, "model.patch_gap": 4, "model.projector_dim": 4096,
-        "model.projector_depth": 3, "model.decoder_dim": 512, "model.decoder_depth": 3, "model.decoder_num_heads": 16,
-        "model.visual_cues": True, "model.drop_path": 0.0, "objective.loss": "infonce", "objective.temperature": 0.2,
-        "objective.num_visible": 20, "objective.target_input": "masked", "objective.gap_jitter": "released",
-        "objective.momentum": 0.99, "objective.similarity_start": 0.75, "objective.similarity_end": 0.25,
-        "optim.betas": [0.9, 0.95], "optim.eps": 1e-8, "optim.weight_decay": 0.05, "optim.floor": 0.25,
-        "optim.base_lr": 1.5e-4, "optim.clip_norm": 0.0,
-    }  # fmt: skip
+        "model.variant": "base",
+        "model.grid_size": 14,
+        "model.patch_gap": 4,
+        "model.projector_dim": 4096,
+        "model.projector_depth": 3,
+        "model.decoder_dim": 512,
+        "model.decoder_depth": 3,
+        "model.decoder_num_heads": 16,
+        "model.visual_cues": True,
+        "model.drop_path": 0.0,
+        "objective.loss": "infonce",
+        "objective.temperature": 0.2,
+        "objective.num_visible": 20,
+        "objective.target_input": "masked",
+        "objective.gap_jitter": "released",
+        "objective.momentum": 0.99,
+        "objective.similarity_start": 0.75,
+        "objective.similarity_end": 0.25,
+        "optim.betas": [0.9, 0.95],
+        "optim.eps": 1e-8,
+        "optim.weight_decay": 0.05,
+        "optim.floor": 0.25,
+        "optim.base_lr": 1.5e-4,
+        "optim.clip_norm": 0.0,
+    }
     assert {key: flat[key] for key in expected} == expected
     assert crop_size(Config().model) == 280
 
@@ -71,7 +88,7 @@ def test_defaults_are_the_specs():
 MISTAKES = {  # override: words the one line must hold
     "model.dept=3": ["model.dept", "model.depth"],
     "optim.lr=3": ["optim.lr", "optim."],
-    "objectve.loss=mse": ["objectve.loss", "objective.loss"],
+    "objectve.loss=mse": ["objectve.loss", "did you mean objective"],
     "model.depth=four": ["model.depth", "four", "int"],
     "model.depth=2.5": ["model.depth", "2.5", "int"],
     "model.depth={a: 1}": ["model.depth", "int"],
@@ -127,7 +144,12 @@ def test_the_same_mistake_in_a_file_names_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("batch", "micro", "ranks", "words"),
     [
-        (4096, 96, 8, "data.global_batch (4096) is not divisible by ranks x micro batch (8 x 96 = 768); nearest are 3840 and 4608"),
+        (
+            4096,
+            96,
+            8,
+            "global_batch (4096) is not divisible by ranks x micro batch (8 x 96 = 768); nearest are 3840 and 4608",
+        ),
         (100, None, 8, "data.global_batch (100) is not divisible by the number of ranks (8); nearest are 96 and 104"),
         (4, None, 8, "nearest is 8"),
     ],
@@ -195,7 +217,17 @@ def test_a_base_that_leads_back_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "steps"),
-    [("800ep", 8000), ("0.5ep", 5), ("0.31ep", 4), ("125000st", 125000), ("0st", 0), ("5%", 20), ("0.1%", 1), ("2.5 %", 10), ("100%", 400)],
+    [
+        ("800ep", 8000),
+        ("0.5ep", 5),
+        ("0.31ep", 4),
+        ("125000st", 125000),
+        ("0st", 0),
+        ("5%", 20),
+        ("0.1%", 1),
+        ("2.5 %", 10),
+        ("100%", 400),
+    ],
 )
 def test_durations_count_steps_rounded_up(text, steps):
     assert duration_steps(text, steps_per_epoch=10, total_steps=400) == steps
@@ -211,18 +243,46 @@ def test_rounding_up_forgives_float_error():
 
 
 def test_what_is_saved_loads_as_it_was(tmp_path):
-    overrides = ["model.depth=3", "optim.eps=1.234567890123e-8", "run.name='a: b'", "data.crop_scale=[0.08, 1]", "eval.resize=null"]
+    overrides = [
+        "model.depth=3",
+        "optim.eps=1.234567890123e-8",
+        "run.name='a: b'",
+        "data.crop_scale=[0.08, 1]",
+        "eval.resize=null",
+    ]
     config = load_config(CONFIGS / "quickstart.yaml", overrides)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path) == load_config(tmp_path / "config.yaml") == config
 
 
-NEUTRAL_CHANGES = ["run.folder=elsewhere", "run.name=x", "data.train=other", "data.eval=other", "data.micro_batch=32", "data.workers=3",
-                   "parallel.backend=local", "parallel.zero_stage=0", "log.every=1st", "eval.k=5", "checkpoint.keep=9",
-                   "data.crop_size=280"]  # fmt: skip
-TELLING_CHANGES = ["run.seed=1", "model.depth=3", "model.drop_path=0.1", "objective.loss=mse", "objective.num_visible=21",
-                   "data.global_batch=512", "data.flip=false", "optim.base_lr=1e-3", "optim.duration=10ep", "precision.compute=fp32",
-                   "model.variant=small", "data.crop_scale=[0.3, 1.0]"]  # fmt: skip
+NEUTRAL_CHANGES = [
+    "run.folder=elsewhere",
+    "run.name=x",
+    "data.train=other",
+    "data.eval=other",
+    "data.micro_batch=32",
+    "data.workers=3",
+    "parallel.backend=local",
+    "parallel.zero_stage=0",
+    "log.every=1st",
+    "eval.k=5",
+    "checkpoint.keep=9",
+    "data.crop_size=280",
+]
+TELLING_CHANGES = [
+    "run.seed=1",
+    "model.depth=3",
+    "model.drop_path=0.1",
+    "objective.loss=mse",
+    "objective.num_visible=21",
+    "data.global_batch=512",
+    "data.flip=false",
+    "optim.base_lr=1e-3",
+    "optim.duration=10ep",
+    "precision.compute=fp32",
+    "model.variant=small",
+    "data.crop_scale=[0.3, 1.0]",
+]
 
 
 def test_the_hash_ignores_what_leaves_the_result_alone_and_nothing_else(tmp_path):
@@ -253,8 +313,14 @@ def test_every_shipped_config_loads_validates_and_builds(path):
 
 def test_recipes_are_those_of_the_spec():
     names = {path.name for path in shipped()}
-    assert {"quickstart.yaml", *(f"vit_{size}_imagenet1k.yaml" for size in ("tiny", "small", "base", "large", "huge"))} <= names
-    rows = {"vit_base_imagenet1k": (4096, "800ep", "40ep", 0.1, 2.4e-3), "vit_base_imagenet100": (1024, "300ep", "30ep", 0.0, 6e-4)}
+    assert {
+        "quickstart.yaml",
+        *(f"vit_{size}_imagenet1k.yaml" for size in ("tiny", "small", "base", "large", "huge")),
+    } <= names
+    rows = {
+        "vit_base_imagenet1k": (4096, "800ep", "40ep", 0.1, 2.4e-3),
+        "vit_base_imagenet100": (1024, "300ep", "30ep", 0.0, 6e-4),
+    }
     for name, (batch, duration, warmup, penalty, peak) in rows.items():
         c = load_config(CONFIGS / f"{name}.yaml")
         assert (c.data.global_batch, c.optim.duration, c.optim.warmup) == (batch, duration, warmup)
@@ -265,10 +331,21 @@ def test_recipes_are_those_of_the_spec():
 
 @pytest.mark.parametrize(
     ("size", "width", "depth", "heads", "patch"),
-    [("tiny", 192, 12, 3, 16), ("small", 384, 12, 6, 16), ("base", 768, 12, 12, 16), ("large", 1024, 24, 16, 16), ("huge", 1280, 32, 16, 14)],
+    [
+        ("tiny", 192, 12, 3, 16),
+        ("small", 384, 12, 6, 16),
+        ("base", 768, 12, 12, 16),
+        ("large", 1024, 24, 16, 16),
+        ("huge", 1280, 32, 16, 14),
+    ],
 )
 def test_sizes_are_the_specs(size, width, depth, heads, patch):
     config = load_config(CONFIGS / f"vit_{size}_imagenet1k.yaml")
     with torch.device("meta"):
         online = LatentMIM(config.model, config.objective).online
-    assert (online.embed_dim, len(online.blocks), online.blocks[0].attn.num_heads, online.patch_size) == (width, depth, heads, patch)
+    assert (online.embed_dim, len(online.blocks), online.blocks[0].attn.num_heads, online.patch_size) == (
+        width,
+        depth,
+        heads,
+        patch,
+    )

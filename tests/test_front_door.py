@@ -37,7 +37,8 @@ def test_what_a_run_leaves(run_folder):
     rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(6))
     wanted = {"step", "epoch", "loss", "similarity_predictions", "similarity_visible", "similarity_targets", "lr",
-              "momentum", "similarity_target", "grad_norm", "images_per_second", "data_wait", "memory_gib", "skipped_images"}  # fmt: skip
+              "momentum", "similarity_target", "grad_norm", "images_per_second", "data_wait", "memory_gib",
+              "skipped_images"}  # fmt: skip
     assert set(rows[0]) == wanted
     assert all(row["grad_norm"] > 0 and row["images_per_second"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
     evals = [json.loads(line) for line in (run_folder / "eval.jsonl").read_text().splitlines()]
@@ -61,7 +62,15 @@ def test_eval_knn_and_report(run_folder, capsys):
 
     assert main(["report", str(run_folder)]) == 0
     summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert set(summary) == {"run_folder", "figure", "knn_pixels", "knn_random", "knn_final", "images_per_second", "ranks"}
+    assert set(summary) == {
+        "run_folder",
+        "figure",
+        "knn_pixels",
+        "knn_random",
+        "knn_final",
+        "images_per_second",
+        "ranks",
+    }
     assert summary["ranks"] == 1 and summary["knn_final"] == pytest.approx(100 * results["online"]["leave_one_out"])
     with Image.open(summary["figure"]) as figure:
         colours = figure.convert("RGB").getcolors(maxcolors=2**24)

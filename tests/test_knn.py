@@ -68,4 +68,6 @@ def test_labels_that_only_one_side_knows_are_just_wrong():
 def test_length_does_not_matter_and_ties_go_to_the_first():
     points = torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 1.0], [0.0, 2.0]])
     assert knn.leave_one_out(points, torch.tensor([0, 1, 1, 2])) == pytest.approx(2 / 4)
-    assert knn.leave_one_out(points * torch.tensor([[1.0], [9.0], [0.1], [5.0]]), torch.tensor([0, 1, 1, 2])) == pytest.approx(2 / 4)
+    assert knn.leave_one_out(
+        points * torch.tensor([[1.0], [9.0], [0.1], [5.0]]), torch.tensor([0, 1, 1, 2])
+    ) == pytest.approx(2 / 4)

@@ -1,4 +1,4 @@
-"""The house rules that a machine can hold: imports go downward only, optional packages stay out, the top level is fixed."""
+"""The house rules that a machine can hold: imports go downward, optional packages stay out, the top level is fixed."""
 
 import ast
 import json
@@ -80,7 +80,11 @@ def breaches(sources: dict[str, str]) -> list[str]:
             target = own_target(name)
             if target == "?":
                 found.append(f"{module} imports {name}, which is relative or unknown")
-            elif target is not None and LEVELS[target] >= LEVELS[module] and not (inside and (module, target) in DEFERRED):
+            elif (
+                target is not None
+                and LEVELS[target] >= LEVELS[module]
+                and not (inside and (module, target) in DEFERRED)
+            ):
                 found.append(f"{module} imports {name} upward")
     return found
 
@@ -150,7 +154,9 @@ def test_optional_packages_are_imported_inside_functions_only():
 
 def test_import_lmim_is_quiet_and_loads_no_optional_package():
     # timm by itself imports wandb where that is installed; what lmim adds is none of them
-    code = "import sys, json, timm; before = set(sys.modules); import lmim; print(json.dumps([*before, 0, *sys.modules]))"
+    code = (
+        "import sys, json, timm; before = set(sys.modules); import lmim; print(json.dumps([*before, 0, *sys.modules]))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     loaded = json.loads(done.stdout)
     by_timm, after = set(loaded[: loaded.index(0)]), set(loaded[loaded.index(0) :])

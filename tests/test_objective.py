@@ -12,8 +12,19 @@ from lmim.objective import LOSSES, LatentMIM, chance_level, mean_similarity
 from lmim.vit import sincos_positions
 
 torch.set_num_threads(1)
-TINY = dict(embed_dim=8, depth=1, num_heads=2, patch_size=2, grid_size=3, patch_gap=1, projector_dim=12, projector_depth=2,
-            decoder_dim=8, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
+TINY = dict(
+    embed_dim=8,
+    depth=1,
+    num_heads=2,
+    patch_size=2,
+    grid_size=3,
+    patch_gap=1,
+    projector_dim=12,
+    projector_depth=2,
+    decoder_dim=8,
+    decoder_depth=1,
+    decoder_num_heads=2,
+)
 
 
 def latent_mim(seed: int = 0, *, visible: int = 3, **options) -> LatentMIM:
@@ -51,7 +62,8 @@ def infonce_by_loops(p: np.ndarray, z: np.ndarray, tau: float) -> float:
             standard[:, d] = (column - mean) / (deviation + 1e-4)
         for i in range(M):
             scores = [
-                standard[i] @ z[b, j] / math.sqrt(standard[i] @ standard[i]) / math.sqrt(z[b, j] @ z[b, j]) / tau for j in range(M)
+                standard[i] @ z[b, j] / math.sqrt(standard[i] @ standard[i]) / math.sqrt(z[b, j] @ z[b, j]) / tau
+                for j in range(M)
             ]
             terms.append(math.log(sum(math.exp(s) for s in scores)) - scores[i])
     return 2 * tau * sum(terms) / len(terms)
@@ -77,8 +89,13 @@ ORACLES = {
     "mse": each(lambda d: d * d),
     "l1": each(abs),
     "smooth_l1": each(lambda d: d * d / 2 if abs(d) < 1 else abs(d) - 0.5),
-    "cosine": lambda p, z, tau: -np.mean(
-        [a @ b / math.sqrt((a @ a) * (b @ b)) for a, b in zip(p.reshape(-1, p.shape[2]), z.reshape(-1, z.shape[2]), strict=True)]
+    "cosine": lambda p, z, tau: (
+        -np.mean(
+            [
+                a @ b / math.sqrt((a @ a) * (b @ b))
+                for a, b in zip(p.reshape(-1, p.shape[2]), z.reshape(-1, z.shape[2]), strict=True)
+            ]
+        )
     ),
 }
 
@@ -153,9 +170,13 @@ def test_gradient_reaches_online_encoder_and_decoder_and_not_the_target(loss, le
 
 
 OPTIONS = dict(
-    target_input=["masked", "all"], gap_jitter=["released", "full"], visual_cues=[True, False], learnable_positions=[False, True],
-    projector_depth=[0, 1, 2, 3], drop_path=[0.0, 0.3],
-)  # fmt: skip
+    target_input=["masked", "all"],
+    gap_jitter=["released", "full"],
+    visual_cues=[True, False],
+    learnable_positions=[False, True],
+    projector_depth=[0, 1, 2, 3],
+    drop_path=[0.0, 0.3],
+)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -175,7 +196,9 @@ def test_options_change_what_they_name():
         return latent_mim(depth=2, **options)(crops(4), torch.arange(4), 0.5).loss.item()
 
     plain = loss_with()
-    changed = dict(target_input="all", gap_jitter="full", visual_cues=False, projector_depth=1, drop_path=0.9, dropout=0.3)
+    changed = dict(
+        target_input="all", gap_jitter="full", visual_cues=False, projector_depth=1, drop_path=0.9, dropout=0.3
+    )
     for key, value in changed.items():
         assert loss_with(**{key: value}) != pytest.approx(plain, abs=1e-6), key
     assert loss_with() == plain
@@ -184,7 +207,9 @@ def test_options_change_what_they_name():
 # --- batches and precision -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, dict(drop_path=0.5, dropout=0.2, depth=2), dict(loss="norm_l2", target_input="all")])
+@pytest.mark.parametrize(
+    "options", [{}, dict(drop_path=0.5, dropout=0.2, depth=2), dict(loss="norm_l2", target_input="all")]
+)
 def test_splitting_a_batch_changes_neither_loss_nor_gradient(options):
     images, keys = crops(6), torch.arange(6) * 1001
     whole, split = latent_mim(**options), latent_mim(**options)

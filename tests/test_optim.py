@@ -12,23 +12,41 @@ from lmim.optim import build_adamw, ema_update, parameter_groups, set_learning_r
 torch.set_num_threads(1)
 DECAYED = {
     "online.cls_token",
-    "online.blocks.0.attn.qkv.weight", "online.blocks.0.attn.proj.weight",
-    "online.blocks.0.mlp.fc1.weight", "online.blocks.0.mlp.fc2.weight",
-    "online.projector.linear0.weight", "online.projector.linear1.weight",
-    "decoder.cls_token", "decoder.mask_token",
-    "decoder.blocks.0.self_attn.qkv.weight", "decoder.blocks.0.self_attn.proj.weight",
-    "decoder.blocks.0.cross_attn.q_proj.weight", "decoder.blocks.0.cross_attn.kv_proj.weight",
+    "online.blocks.0.attn.qkv.weight",
+    "online.blocks.0.attn.proj.weight",
+    "online.blocks.0.mlp.fc1.weight",
+    "online.blocks.0.mlp.fc2.weight",
+    "online.projector.linear0.weight",
+    "online.projector.linear1.weight",
+    "decoder.cls_token",
+    "decoder.mask_token",
+    "decoder.blocks.0.self_attn.qkv.weight",
+    "decoder.blocks.0.self_attn.proj.weight",
+    "decoder.blocks.0.cross_attn.q_proj.weight",
+    "decoder.blocks.0.cross_attn.kv_proj.weight",
     "decoder.blocks.0.cross_attn.proj.weight",
-    "decoder.blocks.0.mlp.fc1.weight", "decoder.blocks.0.mlp.fc2.weight",
+    "decoder.blocks.0.mlp.fc1.weight",
+    "decoder.blocks.0.mlp.fc2.weight",
     "decoder.head.weight",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_decayed_names_are_the_authors(learned):
     """Exempt are biases, norms, the patch embedding, the decoder's input projection and learned positions."""
-    config = ModelConfig(embed_dim=8, depth=1, num_heads=2, patch_size=2, grid_size=3, projector_dim=8, projector_depth=2,
-                         decoder_dim=8, decoder_depth=1, decoder_num_heads=2, learnable_positions=learned)  # fmt: skip
+    config = ModelConfig(
+        embed_dim=8,
+        depth=1,
+        num_heads=2,
+        patch_size=2,
+        grid_size=3,
+        projector_dim=8,
+        projector_depth=2,
+        decoder_dim=8,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        learnable_positions=learned,
+    )
     model = LatentMIM(config, ObjectiveConfig(num_visible=3))
     decayed, exempt = parameter_groups(model, 0.05)
     assert set(decayed["names"]) == DECAYED
@@ -86,7 +104,7 @@ def test_ema_refuses_lower_precision(which):
 
 
 def test_adamw_steps_are_numpys():
-    """Decoupled decay on the weight and none on the bias, bias-corrected moments, a learning rate set anew every step."""
+    """Decay on the weight and none on the bias, bias-corrected moments, a learning rate set anew every step."""
     model = nn.Linear(4, 3)
     config = OptimConfig(weight_decay=0.1, betas=[0.8, 0.9], eps=1e-6)
     optimizer = build_adamw(model, config)

@@ -28,7 +28,9 @@ def images(count: int, side: int, dtype=torch.uint8) -> torch.Tensor:
 
 
 def views(count: int, *, grid=G, visible=6, gap=J, jitter="released", first=0) -> Views:
-    return draw_views(torch.arange(first, first + count) * 7919, grid_size=grid, num_visible=visible, patch_gap=gap, gap_jitter=jitter)
+    return draw_views(
+        torch.arange(first, first + count) * 7919, grid_size=grid, num_visible=visible, patch_gap=gap, gap_jitter=jitter
+    )
 
 
 def cut_by_loops(batch: np.ndarray, cells: np.ndarray, drawn: Views, patch: int, gap: int) -> np.ndarray:

@@ -25,8 +25,8 @@ def hundred_losses(shards, precision: str) -> list[float]:
     backend = build_backend(config, ALONE, split)
     backend.prepare(lambda: LatentMIM(config.model, config.objective))
     schedules = Schedules(100, 10, 5e-4, 0.25, 0.99, 0.75, 0.25)
-    batches = train_batches(config.data, ShardIndex.open(shards / "train"), seed=0, size=35, split=split, topology=ALONE,
-                            start_step=0, total_steps=100)  # fmt: skip
+    batches = train_batches(config.data, ShardIndex.open(shards / "train"), seed=0, size=35, split=split,
+                            topology=ALONE, start_step=0, total_steps=100)  # fmt: skip
     losses = []
     for step, batch in enumerate(batches):
         backend.begin_step(schedules.at(step))

@@ -15,7 +15,7 @@ WORDS = [*EDGES, 2**32, 2**32 + 1, 1_281_166, 2**40 + 12345, 2**62 + 7]
 
 
 def lowbias32(x: int) -> int:
-    """hash-prospector's lowbias32, in wrapping 32-bit arithmetic: x ^= x>>16, *= 7feb352d, ^= x>>15, *= 846ca68b, ^= x>>16."""
+    """hash-prospector's lowbias32 as published, in wrapping 32-bit arithmetic."""
     x = np.array([x], dtype=np.uint32)
     x ^= x >> np.uint32(16)
     x *= np.uint32(0x7FEB352D)
@@ -26,7 +26,7 @@ def lowbias32(x: int) -> int:
 
 
 def folded(key: int, *words: int) -> int:
-    """`fold` from its description: mix the key, then per word mix in its low half (plus a constant) and its high half."""
+    """`fold` from its description: mix the key, then in turn every word's low half (plus a constant) and high half."""
     key = lowbias32(key)
     for word in words:
         key = lowbias32(key ^ lowbias32((word + 0x9E3779B9) % 2**32))
@@ -86,13 +86,16 @@ def test_draws_are_uniform_along_every_argument(over):
 
 
 PAIRS = {
-    "purposes": lambda n: (uniform(sample_key(0, 0, n), purpose("gap_row"), 0), uniform(sample_key(0, 0, n), purpose("gap_col"), 0)),
+    "purposes": lambda n: (
+        uniform(sample_key(0, 0, n), purpose("gap_row"), 0),
+        uniform(sample_key(0, 0, n), purpose("gap_col"), 0),
+    ),
     "epochs": lambda n: (uniform(sample_key(0, 0, n), 1, 0), uniform(sample_key(0, 1, n), 1, 0)),
     "seeds": lambda n: (uniform(sample_key(0, 0, n), 1, 0), uniform(sample_key(1, 0, n), 1, 0)),
     "neighbours": lambda n: (uniform(sample_key(0, 0, n), 1, 0), uniform(sample_key(0, 0, n + 1), 1, 0)),
     "counters": lambda n: (uniform(sample_key(0, 0, n), 1, 0), uniform(sample_key(0, 0, n), 1, 1)),
     "epoch as sample": lambda n: (uniform(fold(n * 0, 0, n, 1), 1, 0), uniform(fold(n * 0, 0, 1, n), 1, 0)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("pair", PAIRS)

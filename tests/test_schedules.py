@@ -9,8 +9,15 @@ import pytest
 from lmim.schedules import Schedules, learning_rate, similarity_target, target_momentum
 
 TRAJECTORY = Path(__file__).parent / "data" / "golden" / "trajectory" / "case.json"
-DEFAULT = Schedules(total_steps=1000, warmup_steps=100, peak_lr=6e-4, floor=0.25, momentum=0.99, similarity_start=0.75,
-                    similarity_end=0.25)  # fmt: skip
+DEFAULT = Schedules(
+    total_steps=1000,
+    warmup_steps=100,
+    peak_lr=6e-4,
+    floor=0.25,
+    momentum=0.99,
+    similarity_start=0.75,
+    similarity_end=0.25,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +38,9 @@ def test_schedules_follow_the_specs_formulas_at_every_step():
     for step in range(1000):
         t, hyper = step / 1000, DEFAULT.at(step)
         assert hyper.momentum == pytest.approx(1 - 0.5 * (1 + math.cos(math.pi * t)) * (1 - 0.99), rel=1e-12)
-        assert hyper.similarity_target == pytest.approx(0.5 * (1 + math.cos(math.pi * t)) * (0.75 - 0.25) + 0.25, rel=1e-12)
+        assert hyper.similarity_target == pytest.approx(
+            0.5 * (1 + math.cos(math.pi * t)) * (0.75 - 0.25) + 0.25, rel=1e-12
+        )
         after = (step - 100) / 900
         expected = 1.5e-4 + 4.5e-4 * (step / 100 if step < 100 else 0.5 * (1 + math.cos(math.pi * after)))
         assert hyper.lr == pytest.approx(expected, rel=1e-12)

@@ -47,10 +47,17 @@ def test_position_table_is_the_specs(dim, grid):
 
 
 def timm_twin(encoder: VisionTransformer) -> TimmViT:
-    """Build timm's model of the same sizes from our weights: Linear over (row, column, channel) becomes a convolution."""
+    """Build timm's model from our weights: Linear over (row, column, channel) becomes a convolution."""
     P, D = encoder.patch_size, encoder.embed_dim
-    twin = TimmViT(img_size=encoder.grid_size * P, patch_size=P, embed_dim=D, depth=SIZES["depth"], num_heads=SIZES["num_heads"],
-                   num_classes=0, dynamic_img_size=True)  # fmt: skip
+    twin = TimmViT(
+        img_size=encoder.grid_size * P,
+        patch_size=P,
+        embed_dim=D,
+        depth=SIZES["depth"],
+        num_heads=SIZES["num_heads"],
+        num_classes=0,
+        dynamic_img_size=True,
+    )
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("projector.")}
     state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].reshape(D, P, P, 3).permute(0, 3, 1, 2)
     twin.load_state_dict(state)
@@ -64,8 +71,9 @@ def test_encoder_is_timms_vision_transformer(shape):
     twin, images = timm_twin(encoder), torch.randn(2, 3, *shape)
     torch.testing.assert_close(encoder.forward_features(images), twin.forward_features(images), atol=1e-5, rtol=1e-5)
     for norm in (False, True):
-        theirs = twin.forward_intermediates(images, indices=[0, 2], norm=norm, output_fmt="NLC",
-                                            return_prefix_tokens=True, intermediates_only=True)  # fmt: skip
+        theirs = twin.forward_intermediates(
+            images, indices=[0, 2], norm=norm, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+        )
         ours = encoder.forward_intermediates(images, [0, 2], norm=norm)
         assert len(ours) == len(theirs) == 2
         for mine, (patches, prefix) in zip(ours, theirs, strict=True):
@@ -88,10 +96,17 @@ def test_a_subset_of_patches_is_read_by_its_cells():
     encoder = shaken(VisionTransformer(**SIZES))
     images, P = torch.randn(2, 3, 20, 20), 4
     order = torch.stack([torch.randperm(25), torch.randperm(25)])
-    patches = torch.stack([
-        torch.stack([image[:, c // 5 * P : c // 5 * P + P, c % 5 * P : c % 5 * P + P].permute(1, 2, 0).flatten() for c in cells.tolist()])
-        for image, cells in zip(images, order, strict=True)
-    ])  # fmt: skip
+    patches = torch.stack(
+        [
+            torch.stack(
+                [
+                    image[:, c // 5 * P : c // 5 * P + P, c % 5 * P : c % 5 * P + P].permute(1, 2, 0).flatten()
+                    for c in cells.tolist()
+                ]
+            )
+            for image, cells in zip(images, order, strict=True)
+        ]
+    )
     expected = encoder.forward_features(images)
     weights = {k: v.double() for k, v in encoder.projector.state_dict().items()}
     expected = expected.double() @ weights["linear0.weight"].T
@@ -155,7 +170,9 @@ def test_init_has_the_specs_distributions(name):
         if isinstance(sub, nn.Linear):
             bound = math.sqrt(6 / (sub.in_features + sub.out_features))
             assert sub.weight.abs().max() <= bound and sub.weight.abs().max() > 0.97 * bound, key
-            assert abs(sub.weight.std() / (bound / math.sqrt(3)) - 1) < 0.1 and (sub.bias is None or not sub.bias.any()), key
+            assert abs(sub.weight.std() / (bound / math.sqrt(3)) - 1) < 0.1 and (
+                sub.bias is None or not sub.bias.any()
+            ), key
         if isinstance(sub, nn.LayerNorm):
             assert (sub.weight == 1).all() and not sub.bias.any(), key
             assert sub.eps == (1e-5 if key.startswith("projector.") else 1e-6), key
@@ -170,28 +187,68 @@ def test_class_tokens_are_normal_with_deviation_002():
 
 
 ENCODER_NAMES = {
-    "cls_token": (1, 1, 24), "pos_embed": (1, 26, 24), "norm.weight": (24,), "norm.bias": (24,),
-    "patch_embed.proj.weight": (24, 48), "patch_embed.proj.bias": (24,),
-    "projector.linear0.weight": (40, 24), "projector.norm0.weight": (40,), "projector.norm0.bias": (40,),
-    "projector.linear1.weight": (24, 40), "projector.norm1.weight": (24,), "projector.norm1.bias": (24,),
-}  # fmt: skip
+    "cls_token": (1, 1, 24),
+    "pos_embed": (1, 26, 24),
+    "norm.weight": (24,),
+    "norm.bias": (24,),
+    "patch_embed.proj.weight": (24, 48),
+    "patch_embed.proj.bias": (24,),
+    "projector.linear0.weight": (40, 24),
+    "projector.norm0.weight": (40,),
+    "projector.norm0.bias": (40,),
+    "projector.linear1.weight": (24, 40),
+    "projector.norm1.weight": (24,),
+    "projector.norm1.bias": (24,),
+}
 ENCODER_BLOCK = {
-    "norm1.weight": (24,), "norm1.bias": (24,), "attn.qkv.weight": (72, 24), "attn.qkv.bias": (72,),
-    "attn.proj.weight": (24, 24), "attn.proj.bias": (24,), "norm2.weight": (24,), "norm2.bias": (24,),
-    "mlp.fc1.weight": (96, 24), "mlp.fc1.bias": (96,), "mlp.fc2.weight": (24, 96), "mlp.fc2.bias": (24,),
-}  # fmt: skip
+    "norm1.weight": (24,),
+    "norm1.bias": (24,),
+    "attn.qkv.weight": (72, 24),
+    "attn.qkv.bias": (72,),
+    "attn.proj.weight": (24, 24),
+    "attn.proj.bias": (24,),
+    "norm2.weight": (24,),
+    "norm2.bias": (24,),
+    "mlp.fc1.weight": (96, 24),
+    "mlp.fc1.bias": (96,),
+    "mlp.fc2.weight": (24, 96),
+    "mlp.fc2.bias": (24,),
+}
 DECODER_NAMES = {
-    "cls_token": (1, 1, 16), "mask_token": (1, 1, 16), "pos_embed": (1, 26, 16), "embed.weight": (16, 24), "embed.bias": (16,),
-    "norm.weight": (16,), "norm.bias": (16,), "head.weight": (24, 16), "head.bias": (24,),
-}  # fmt: skip
+    "cls_token": (1, 1, 16),
+    "mask_token": (1, 1, 16),
+    "pos_embed": (1, 26, 16),
+    "embed.weight": (16, 24),
+    "embed.bias": (16,),
+    "norm.weight": (16,),
+    "norm.bias": (16,),
+    "head.weight": (24, 16),
+    "head.bias": (24,),
+}
 DECODER_BLOCK = {
-    "norm1.weight": (16,), "norm1.bias": (16,), "self_attn.qkv.weight": (48, 16), "self_attn.qkv.bias": (48,),
-    "self_attn.proj.weight": (16, 16), "self_attn.proj.bias": (16,), "norm2.weight": (16,), "norm2.bias": (16,),
-    "norm_context.weight": (16,), "norm_context.bias": (16,), "cross_attn.q_proj.weight": (16, 16),
-    "cross_attn.q_proj.bias": (16,), "cross_attn.kv_proj.weight": (32, 16), "cross_attn.kv_proj.bias": (32,),
-    "cross_attn.proj.weight": (16, 16), "cross_attn.proj.bias": (16,), "norm3.weight": (16,), "norm3.bias": (16,),
-    "mlp.fc1.weight": (64, 16), "mlp.fc1.bias": (64,), "mlp.fc2.weight": (16, 64), "mlp.fc2.bias": (16,),
-}  # fmt: skip
+    "norm1.weight": (16,),
+    "norm1.bias": (16,),
+    "self_attn.qkv.weight": (48, 16),
+    "self_attn.qkv.bias": (48,),
+    "self_attn.proj.weight": (16, 16),
+    "self_attn.proj.bias": (16,),
+    "norm2.weight": (16,),
+    "norm2.bias": (16,),
+    "norm_context.weight": (16,),
+    "norm_context.bias": (16,),
+    "cross_attn.q_proj.weight": (16, 16),
+    "cross_attn.q_proj.bias": (16,),
+    "cross_attn.kv_proj.weight": (32, 16),
+    "cross_attn.kv_proj.bias": (32,),
+    "cross_attn.proj.weight": (16, 16),
+    "cross_attn.proj.bias": (16,),
+    "norm3.weight": (16,),
+    "norm3.bias": (16,),
+    "mlp.fc1.weight": (64, 16),
+    "mlp.fc1.bias": (64,),
+    "mlp.fc2.weight": (16, 64),
+    "mlp.fc2.bias": (16,),
+}
 
 
 @pytest.mark.parametrize(

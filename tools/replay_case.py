@@ -49,10 +49,10 @@ class Differences(dict[str, float]):
     """The largest absolute difference seen of each quantity; a shape that differs counts as infinite."""
 
     def add(self, quantity: str, ours: Any, recorded: Any) -> None:
-        ours, recorded = torch.as_tensor(ours), torch.as_tensor(recorded)
+        ours, recorded = (torch.as_tensor(x, dtype=torch.float64) for x in (ours, recorded))
         worst = float("inf")
         if ours.shape == recorded.shape:
-            worst = (ours.detach().double() - recorded.double()).abs().max().item()
+            worst = (ours.detach() - recorded).abs().max().item()
         # a NaN on either side must not pass as small
         self[quantity] = max(self.get(quantity, 0.0), worst if worst == worst else float("inf"))
 
@@ -137,16 +137,15 @@ def replay_steps(case: dict[str, Any], latent_mim: LatentMIM, trace: dict[str, T
             differences.add("similarities", ours, logged[theirs])
         optimizer.zero_grad()
         out.loss.backward()
-        gradients = {n: p.grad for n, p in latent_mim.named_parameters() if p.grad is not None}
-        compare_gradients(differences, gradients, trace, f"{at}.grad.")
+        if step == 0:  # gradients are recorded there only
+            gradients = {n: p.grad for n, p in latent_mim.named_parameters() if p.grad is not None}
+            compare_gradients(differences, gradients, trace, f"{at}.grad.")
         optimizer.step()
     return differences
 
 
 def compare_gradients(differences: Differences, ours: dict[str, Tensor], trace: dict[str, Tensor], prefix: str) -> None:
     recorded = {name.removeprefix(prefix): grad for name, grad in trace.items() if name.startswith(prefix)}
-    if not recorded:
-        return  # gradients are recorded at step 0 only
     mine = to_authors(ours)
     for name in set(mine) | set(recorded):
         if name not in mine or name not in recorded:
@@ -191,6 +190,16 @@ def replay(folder: Path) -> Differences:
                                 for name in ("weights_before", "trace", "weights_after"))  # fmt: skip
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ConfigError(f"{folder} is no recorded case: {error}") from error
+    try:
+        return _replay(case, before, trace, after)
+    except (KeyError, TypeError, RuntimeError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{folder} is no whole recorded case: {type(error).__name__}: {words}") from error
+
+
+def _replay(
+    case: dict[str, Any], before: dict[str, Tensor], trace: dict[str, Tensor], after: dict[str, Tensor]
+) -> Differences:
     latent_mim = build(case["config"], before)
     if case.get("kind") == "trajectory":
         differences = replay_trajectory(case, latent_mim, trace)

@@ -21,11 +21,11 @@ import torch
 import webdataset as wds
 from torch import Tensor
 
-from lmim.config import DataConfig, Split
+from lmim.config import Config, ConfigError, DataConfig, Split
 from lmim.data.datasets import open_source
 from lmim.data.shards import EpochPlan, ShardIndex, ShardReader, write_shards
 from lmim.data.transforms import ImageError, decode_rgb, eval_view, train_view
-from lmim.dist import Topology, available_cores, ignore_stop_signals
+from lmim.dist import Topology, available_cores, barrier, ignore_stop_signals
 from lmim.randomness import sample_key
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,18 @@ def open_shards(option: str, spec: str, run_folder: Path) -> ShardIndex | None:
     if not (folder / "index.json").is_file():
         write_shards(open_source(spec), folder, overwrite=True)
     return ShardIndex.open(folder, option=option)
+
+
+def open_data(config: Config, topology: Topology) -> tuple[ShardIndex | None, ShardIndex | None]:
+    """Open `data.train` and `data.eval` on every rank; embedded images are sharded by the first."""
+    folder = Path(config.run.folder)
+    options = (("data.train", config.data.train), ("data.eval", config.data.eval))
+    if topology.is_main:
+        for option, spec in options:
+            open_shards(option, spec, folder)
+    barrier()
+    train, test = (open_shards(option, spec, folder) for option, spec in options)
+    return train, test
 
 
 class Batch(NamedTuple):
@@ -117,7 +129,7 @@ class Crops:
             key = sample_key(self.stream.seed, epoch, sample_id)
             crop = train_view(image, self.size, self.config.crop_scale, self.config.crop_ratio, self.config.flip, key)
             return dict(image=crop, key=key, sample_id=sample_id, skipped=skipped)
-        raise ImageError(f"{SUBSTITUTES} samples in a row cannot be read, the first is {skipped[0]}")
+        raise ConfigError(f"data.train: {SUBSTITUTES} samples in a row cannot be read, the first is {skipped[0]}")
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:

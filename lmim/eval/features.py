@@ -55,4 +55,7 @@ def extract(function: Callable[[Tensor], Tensor], index: ShardIndex, config: Con
         readable = batch_labels != UNREADABLE
         features.append(function(images[readable].to(topology.device)).cpu())
         labels.append(batch_labels[readable])
+    if not features:  # fewer samples than ranks: no rows, but of the right width
+        features.append(function(torch.zeros(1, 3, crop, crop, dtype=torch.uint8, device=topology.device))[:0].cpu())
+        labels.append(torch.zeros(0, dtype=torch.int64))
     return gather_rows(torch.cat(features)), gather_rows(torch.cat(labels))

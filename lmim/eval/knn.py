@@ -4,8 +4,8 @@
 * `gallery`, the common one: the training set as gallery, k = 20 votes weighted by exp(cosine / 0.07)
   (arXiv:1805.01978).
 
-Both use cosine similarity of the features. Ties go to the sample that comes first in the index, and between classes to
-the lower number.
+Both use cosine similarity of the features. Between classes with equal votes the lower number wins; which of several
+equally near samples counts is left to the library.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmim.checkpoint import check_same_model, load_encoder
-from lmim.config import Config, ConfigError, validate
-from lmim.data.loader import open_shards
+from lmim.config import Config, ConfigError, model_dimensions, validate
+from lmim.data.loader import open_data
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology, discover, init, shutdown
 from lmim.eval.features import extract, patch_mean, raw_pixels
@@ -53,7 +53,7 @@ def gallery(features: Tensor, labels: Tensor, gallery_features: Tensor, gallery_
     for start in range(0, len(features), CHUNK):
         similarity, nearest = (features[start : start + CHUNK] @ gallery_features.T).topk(k, dim=1)
         votes = torch.zeros(len(similarity), classes, device=features.device)
-        votes.scatter_add_(1, gallery_labels[nearest], (similarity / temperature).exp())
+        votes.scatter_add_(1, gallery_labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
         correct += int((votes.argmax(dim=1) == labels[start : start + CHUNK]).sum())
     return correct / len(features)
 
@@ -81,34 +81,30 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[st
     Runs on every rank of a launcher, or alone. The first rank writes `knn.json` into `run.folder` if that exists and
     returns {features: {"leave_one_out": share, "gallery": share}}; the others return None.
     """
-    topology = discover()
+    topology, folder = discover(), Path(config.run.folder)
     validate(config, world_size=1)
-    trained = load_encoder(checkpoint, which)
+    heads = model_dimensions(config.model)["num_heads"]
+    trained = load_encoder(checkpoint, which, num_heads=heads if checkpoint.is_file() else None)
     random = LatentMIM(config.model, config.objective)
-    check_same_model(
-        {f"online.{k}": v for k, v in trained.state_dict().items()},
-        nn.ModuleDict({"online": random.online}),
-        checkpoint,
-    )
+    names = {f"online.{name}": tensor for name, tensor in trained.state_dict().items()}
+    check_same_model(names, nn.ModuleDict({"online": random.online}), checkpoint)
     random.init_weights(config.run.seed)
-    test, train = (
-        open_shards(f"data.{part}", getattr(config.data, part), Path(config.run.folder)) for part in ("eval", "train")
-    )
-    check_labels(test, "data.eval")
-    check_labels(train, "data.train")
     init(topology, config.parallel.timeout_minutes)
     try:
-        maps = {"pixels": raw_pixels}
-        maps |= {
-            name: patch_mean(e.to(topology.device).eval()) for name, e in (("random", random.online), (which, trained))
-        }
+        train, test = open_data(config, topology)
+        check_labels(test, "data.eval")
+        check_labels(train, "data.train")
+        encoders = (("random", random.online), (which, trained))
+        maps = {"pixels": raw_pixels} | {name: patch_mean(e.to(topology.device).eval()) for name, e in encoders}
         results = {name: _both_protocols(function, test, train, config, topology) for name, function in maps.items()}
     finally:
         shutdown()
     if not topology.is_main:
         return None
-    if Path(config.run.folder).is_dir():
-        (Path(config.run.folder) / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
+    if folder.is_dir():
+        path = folder / RESULTS_FILE
+        earlier = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(earlier | results, indent=1) + "\n")
     return results
 
 

@@ -61,7 +61,6 @@ class DeepSpeedBackend:
         self.model = model.to_empty(device=self.topology.device)
         self.model.init_weights(self.config.run.seed)
         self.adamw = build_adamw(self.model, self.config.optim)
-        # DeepSpeed flattens each group into one tensor; names would be mistaken for more options of AdamW.
         self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.adamw, config=self.engine_config())
         self._create_moments()
 
