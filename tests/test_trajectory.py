@@ -36,10 +36,9 @@ def test_deepspeed_takes_the_same_trajectory(reference, shards, tmp_path, stage,
 
 
 @pytest.mark.launch
-def test_clipping_is_on_the_whole_gradient(shards, tmp_path):
-    clip = (STEPS, "optim.clip_norm=0.05", "optim.duration=8st")
+def test_clipping_is_on_the_whole_gradient(reference, shards, tmp_path):
+    clip = (STEPS, "optim.clip_norm=0.05")
     run_training(shards, tmp_path / "local", *clip, "parallel.backend=local")
     run_training(shards, tmp_path / "zero1", *clip, "parallel.backend=deepspeed", ranks=2)
-    run_training(shards, tmp_path / "free", "optim.duration=8st", "parallel.backend=local")
     assert losses(tmp_path / "zero1") == pytest.approx(losses(tmp_path / "local"), rel=1e-5)
-    assert losses(tmp_path / "local")[-1] != pytest.approx(losses(tmp_path / "free")[-1], rel=1e-5)
+    assert losses(tmp_path / "local")[-1] != pytest.approx(reference[-1], rel=1e-5)
