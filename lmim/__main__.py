@@ -88,7 +88,8 @@ def _eval_knn(parsed: argparse.Namespace) -> int:
         return 0  # another rank prints
     print(f"{'features':18} {'leave-one-out 1-NN (released)':>32} {f'gallery {config.eval.k}-NN (common)':>24}")
     for name, accuracy in results.items():
-        print(f"{name:18} {100 * accuracy['leave_one_out']:30.2f} % {100 * accuracy['gallery']:22.2f} %")
+        gallery = "no labels" if accuracy["gallery"] is None else f"{100 * accuracy['gallery']:.2f} %"
+        print(f"{name:18} {100 * accuracy['leave_one_out']:30.2f} % {gallery:>24}")
     print(json.dumps(results))
     return 0
 

@@ -93,10 +93,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's `state.json`."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{checkpoint} is no checkpoint: {error}") from error
-    if state.get("format") != FORMAT:
-        raise ConfigError(f"{checkpoint} has format {state.get('format')}; this version reads format {FORMAT}")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{checkpoint / STATE} is damaged ({error}): delete {checkpoint} to go on from an older one"
+        ) from error
+    wanted = {"format", "config", "files", *(field.name for field in fields(Position))}
+    if not isinstance(state, dict) or not wanted <= state.keys() or state["format"] != FORMAT:
+        raise ConfigError(
+            f"{checkpoint / STATE} is damaged or not of format {FORMAT}: delete {checkpoint} to go on from an older one"
+        )
     return state
 
 

@@ -206,10 +206,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     A folder stands for the `config.yaml` inside it (a run's own resolved configuration).
     """
     path = Path(path)
+    moved = []
     if path.is_dir():
+        moved = [(str(path), "run.folder", str(path))]  # wherever it was when it was written
         path = path / "config.yaml"
     config = OmegaConf.structured(Config)
-    for source, key, value in [*_file_items(path, ()), *_override_items(overrides)]:
+    for source, key, value in [*_file_items(path, ()), *moved, *_override_items(overrides)]:
         _assign(config, source, key, value)
     try:
         return OmegaConf.to_object(config)
@@ -247,6 +249,8 @@ def _file_items(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, str, 
     for section, keys in content.items():
         if isinstance(keys, dict):
             yield from ((str(path), f"{section}.{key}", value) for key, value in keys.items())
+        elif keys is not None and section in _sections().split(", "):
+            raise ConfigError(f"{section} ({keys}) in {path} must hold keys, such as {section}: {{key: value}}")
         elif keys is not None:  # a section without keys is a section left as it is
             yield str(path), str(section), keys
 
@@ -338,7 +342,9 @@ def changed_options(old: Config, new: Config) -> list[str]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    temporary.replace(path)
 
 
 # --- the one check ---------------------------------------------------------------------------------------------------
@@ -359,6 +365,8 @@ def validate(config: Config, world_size: int) -> Split:
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             raise ConfigError(f"{key} ({flat[key]}) must be one of {', '.join(map(str, allowed))}")
+    if not config.run.folder.strip():
+        raise ConfigError("run.folder is empty: name the folder that shall hold this run's files")
     _check_ranges(flat)
     _check_model(config)
     for key in ("optim.duration", "optim.warmup", "log.every", "eval.knn_every", "checkpoint.every"):

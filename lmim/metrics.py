@@ -91,14 +91,17 @@ class Meters:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a `.jsonl` file; a last line cut short by a crash is left out."""
+    """Return the objects of a `.jsonl` file; a line that is none, as a crash may leave, is named and left out."""
     rows = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.is_file() else (), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        else:
+            logger.warning("%s: line %d is damaged and left out", path, number)
     return rows
 
 

@@ -6,6 +6,7 @@ started again, on other ranks or workers, goes on as if it had never stopped.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -37,7 +38,7 @@ from lmim.schedules import Schedules
 
 logger = logging.getLogger(__name__)
 DONE, STOPPED = 0, 75  # exit codes; 75 asks a scheduler to start the run again (EX_TEMPFAIL of sysexits.h)
-CONFIG_FILE, DONE_FILE = "config.yaml", "done.json"
+CONFIG_FILE, DONE_FILE, LOCK_FILE = "config.yaml", "done.json", ".lock"
 
 
 class TrainingError(RuntimeError):
@@ -150,7 +151,7 @@ class Run:
             self.progress.update(rows[-1])
         bad = [row["step"] for row in rows if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]))]
         if bad:
-            newest = checkpoint.newest(self.folder)
+            newest = checkpoint.newest(self.folder) or "none: it came before the first"
             raise TrainingError(f"loss or gradient is not finite at step {bad[0]}; the last checkpoint is {newest}")
 
     def evaluate(self, done: int) -> None:
@@ -212,6 +213,7 @@ def train(config: Config | str | Path) -> int:
             run.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run.folder ({run.folder}) cannot be made: {error.strerror}") from error
+        lock = lock_run_folder(run.folder)  # held until this process ends
     set_up_logging(run.folder, topology.is_main)
     dist.init(topology, config.parallel.timeout_minutes)
     stop = dist.StopRequest()
@@ -225,6 +227,8 @@ def train(config: Config | str | Path) -> int:
     finally:
         stop.close()
         dist.shutdown()
+        if topology.is_main:
+            lock.close()
 
 
 def _steps(run: Run, backend: Backend, start: int, stop: dist.StopRequest) -> int:
@@ -295,6 +299,21 @@ def check_run_folder(config: Config) -> None:
         raise ConfigError(f"run.folder ({folder}) is a file: give a folder")
     if (folder / CONFIG_FILE).is_file():
         refuse_changes(load_config(folder / CONFIG_FILE), config, f"run.folder ({folder})")
+
+
+def lock_run_folder(folder: Path) -> TextIO:
+    """Take the run folder for this process, or refuse it: two runs would overwrite each other's files."""
+    lock = (folder / LOCK_FILE).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ConfigError(
+            f"run.folder ({folder}) is in use by a run that is going on: stop that, or take another"
+        ) from error
+    except OSError:  # a file system without locks
+        logger.warning("%s cannot be locked: see to it that no other run uses it", folder)
+    return lock
 
 
 def refuse_changes(old: Config, new: Config, made: str) -> None:

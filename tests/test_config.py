@@ -252,7 +252,13 @@ def test_what_is_saved_loads_as_it_was(tmp_path):
     ]
     config = load_config(CONFIGS / "quickstart.yaml", overrides)
     save_config(config, tmp_path / "config.yaml")
-    assert load_config(tmp_path) == load_config(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml") == config
+    # a folder is the run's own, wherever it was when its configuration was written
+    moved = load_config(tmp_path)
+    assert moved.run.folder == str(tmp_path)
+    assert load_config(tmp_path, ["run.folder=elsewhere"]).run.folder == "elsewhere"
+    moved.run.folder = config.run.folder
+    assert moved == config
 
 
 NEUTRAL_CHANGES = [

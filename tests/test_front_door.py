@@ -93,3 +93,52 @@ def test_wandb_offline_and_its_run_goes_on(shards, tmp_path):
     recorded = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(recorded) >= 1 and all(first.strip() in path.name for path in recorded)
     assert any(b"similarity_targets" in path.read_bytes() for path in recorded)
+
+
+def test_a_copied_run_is_evaluated_where_it_is(run_folder, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    (copy / "knn.json").unlink(missing_ok=True)
+    weights = next((copy / "checkpoints").glob("step-*/weights.safetensors"))
+    weights.write_bytes(b"cut")
+    assert main(["eval", "knn", str(copy)]) == 2
+    assert str(weights) in capsys.readouterr().err
+
+
+def test_unlabelled_training_images_leave_out_the_gallery(run_folder, shards, tmp_path, capsys):
+    """Evaluate on labelled images what was trained on images without labels."""
+    from lmim.data.datasets import Source, open_source
+    from lmim.data.shards import write_shards
+
+    images = [image for _, image in zip(range(40), open_source("embedded:train").images, strict=False)]
+    plain = tuple(type(i)(i.key, i.suffix, None, i.path, i.load) for i in images)
+    write_shards(Source("plain", None, plain), tmp_path / "plain")
+    settings = [f"data.train={tmp_path}/plain", f"run.folder={tmp_path}/no-run"]
+    assert main(["eval", "knn", str(run_folder), "--checkpoint", str(run_folder), *settings]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert all(protocols["gallery"] is None for protocols in json.loads(lines[-1]).values())
+    assert lines[-2].endswith("no labels")
+
+
+def test_two_runs_cannot_share_a_folder(run_folder, shards, capsys):
+    from lmim.train import lock_run_folder
+
+    held = lock_run_folder(run_folder)
+    arguments = [*TINY, "parallel.backend=local", f"data.train={shards}/train", f"data.eval={shards}/eval",
+                 "optim.duration=6st"]  # fmt: skip
+    assert main(["train", str(run_folder), *arguments]) == 2
+    assert "is in use by a run that is going on" in capsys.readouterr().err
+    held.close()
+    assert main(["train", str(run_folder), *arguments]) == 0
+    assert main(["train", str(run_folder), *arguments]) == 0  # the lock is given back
+
+
+def test_a_damaged_line_costs_no_other(tmp_path, caplog):
+    from lmim.metrics import JsonLines, read_rows
+
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"step": 0}\nx\xff\n[1]\n{"step": 1}\n{"step": 2}\n{"st')
+    JsonLines(log, 2).close()
+    assert [row["step"] for row in read_rows(log)] == [0, 1]

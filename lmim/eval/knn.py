@@ -11,6 +11,7 @@ equally near samples counts is left to the library.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from lmim.eval.features import extract, patch_mean, raw_pixels
 from lmim.objective import LatentMIM
 from lmim.vit import VisionTransformer
 
+logger = logging.getLogger(__name__)
 CHUNK = 1024
 RESULTS_FILE = "knn.json"
 
@@ -65,7 +67,7 @@ def check_labels(index: ShardIndex | None, key: str) -> None:
     if len(index) < 2 or (index.labels() < 0).any():
         raise ConfigError(
             f"{key} ({index.folder}) needs two images or more, each with a label, for nearest neighbours: "
-            "shard a folder with one subfolder a class, or set eval.knn_every=0st"
+            "shard a folder with one subfolder a class; to train without, set data.eval= (empty)"
         )
 
 
@@ -93,7 +95,9 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[st
     try:
         train, test = open_data(config, topology)
         check_labels(test, "data.eval")
-        check_labels(train, "data.train")
+        if train is not None and (train.labels() < 0).any():
+            logger.warning("data.train has no labels, so the gallery protocol is left out")
+            train = None
         encoders = (("random", random.online), (which, trained))
         maps = {"pixels": raw_pixels} | {name: patch_mean(e.to(topology.device).eval()) for name, e in encoders}
         results = {name: _both_protocols(function, test, train, config, topology) for name, function in maps.items()}
@@ -103,14 +107,27 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[st
         return None
     if folder.is_dir():
         path = folder / RESULTS_FILE
-        earlier = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps(earlier | results, indent=1) + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(read_results(folder) | results, indent=1) + "\n")
+        temporary.replace(path)
     return results
 
 
-def _both_protocols(function: Callable[[Tensor], Tensor], test: ShardIndex, train: ShardIndex, config: Config,
-                    topology: Topology) -> dict[str, float]:  # fmt: skip
+def read_results(run_folder: Path) -> dict[str, dict[str, float | None]]:
+    """Return what `knn.json` of a run folder holds; nothing where it is missing or damaged."""
+    try:
+        content = json.loads((run_folder / RESULTS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _both_protocols(function: Callable[[Tensor], Tensor], test: ShardIndex, train: ShardIndex | None, config: Config,
+                    topology: Topology) -> dict[str, float | None]:  # fmt: skip
     x, y = (t.to(topology.device) for t in extract(function, test, config, topology))
+    alone = round(leave_one_out(x, y), 5)
+    if train is None:
+        return dict(leave_one_out=alone, gallery=None)
     gallery_x, gallery_y = (t.to(topology.device) for t in extract(function, train, config, topology))
     votes = gallery(x, y, gallery_x, gallery_y, k=config.eval.k, temperature=config.eval.temperature)
-    return dict(leave_one_out=round(leave_one_out(x, y), 5), gallery=round(votes, 5))
+    return dict(leave_one_out=alone, gallery=round(votes, 5))

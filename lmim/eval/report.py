@@ -16,7 +16,7 @@ from lmim.data.loader import eval_batches, open_shards
 from lmim.data.shards import ShardIndex
 from lmim.eval.clusters import patch_tokens, ward_clusters
 from lmim.eval.features import eval_sizes
-from lmim.eval.knn import RESULTS_FILE
+from lmim.eval.knn import read_results
 from lmim.metrics import EVAL_FILE, LOG_FILE, read_rows
 from lmim.objective import chance_level
 
@@ -31,7 +31,7 @@ def report(run_folder: Path) -> dict[str, Any]:
     if not log:
         raise ConfigError(f"{run_folder} holds no {LOG_FILE} with steps: give the folder of a run that was started")
     config = load_config(run_folder)
-    knn = json.loads((run_folder / RESULTS_FILE).read_text()) if (run_folder / RESULTS_FILE).is_file() else {}
+    knn = read_results(run_folder)
     done = run_folder / "done.json"
     figure = draw(run_folder, config, log, evals, knn)
 
@@ -107,7 +107,7 @@ def _draw_clusters(figure: Any, run_folder: Path, config: Config) -> None:
     index = open_shards("data.eval", config.data.eval, run_folder)
     images = _some_images(index, config)
     tokens = patch_tokens(load_encoder(run_folder), images)
-    panels = figure.subplots(1 + len(CLUSTER_COUNTS), len(images))
+    panels = figure.subplots(1 + len(CLUSTER_COUNTS), len(images), squeeze=False)
     figure.suptitle("patch tokens of the trained encoder, clustered image by image (Ward)")
     for column, (image, image_tokens) in enumerate(zip(images, tokens, strict=True)):
         panels[0, column].imshow(image.permute(1, 2, 0).numpy())
