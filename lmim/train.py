@@ -305,8 +305,9 @@ def lock_run_folder(folder: Path) -> TextIO:
     """Take the run folder for this process, or refuse it: two runs would overwrite each other's files."""
     lock = (folder / LOCK_FILE).open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        # a POSIX lock ends with this process; flock would live on in loader workers that outlast a killed run
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
         lock.close()
         raise ConfigError(
             f"run.folder ({folder}) is in use by a run that is going on: stop that, or take another"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -123,14 +124,20 @@ def test_unlabelled_training_images_leave_out_the_gallery(run_folder, shards, tm
 
 
 def test_two_runs_cannot_share_a_folder(run_folder, shards, capsys):
-    from lmim.train import lock_run_folder
-
-    held = lock_run_folder(run_folder)
+    hold = f"""
+import pathlib, sys
+from lmim.train import lock_run_folder
+lock = lock_run_folder(pathlib.Path({str(run_folder)!r}))
+print("held", flush=True)
+sys.stdin.read()
+"""
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
     arguments = [*TINY, "parallel.backend=local", f"data.train={shards}/train", f"data.eval={shards}/eval",
                  "optim.duration=6st"]  # fmt: skip
     assert main(["train", str(run_folder), *arguments]) == 2
     assert "is in use by a run that is going on" in capsys.readouterr().err
-    held.close()
+    other.communicate(timeout=30)
     assert main(["train", str(run_folder), *arguments]) == 0
     assert main(["train", str(run_folder), *arguments]) == 0  # the lock is given back
 
