@@ -36,7 +36,8 @@ if [ -x "$venv/bin/python" ]; then
   fi
 fi
 say "3/5 pretraining with $ranks ranks (log: $run/train.log)"
-port=$("${PYTHON:-python3}" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+# Below 32768: from there on the system may give a port that is free now to an outgoing connection.
+port=$((20000 + (RANDOM * 32768 + RANDOM) % 12000))
 settings=(configs/quickstart.yaml "data.train=$run/shards/train" "data.eval=$run/shards/eval" "$@")
 PATH="$PWD/$venv/bin:$PATH"
 do_ deepspeed --num_gpus "$ranks" --master_port "$port" --module lmim train "${settings[@]}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -103,26 +102,20 @@ def init(topology: Topology, timeout_minutes: float) -> None:
                     LOCAL_WORLD_SIZE=topology.local_world_size)  # fmt: skip
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
-    if topology.world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
+    alone = topology.world_size == 1
+    for name in () if alone else ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ConfigError(
                 f"{name} is not set: the first host's address and a free port there must reach every rank"
             )
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if topology.device.type == "cuda" else "gloo",
+        # one rank has nobody to meet: a port, however free it looked, may be taken by the time it is opened
+        store=torch.distributed.HashStore() if alone else None,
         timeout=timedelta(minutes=timeout_minutes),
         rank=topology.rank,
         world_size=topology.world_size,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def shutdown() -> None:
