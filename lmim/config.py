@@ -86,7 +86,11 @@ class DataConfig:
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # share of the image's area
     crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])
     flip: bool = True
+    weights: list[float] = field(default_factory=list)  # how often each of several sources is drawn; empty: by size
     block_shards: int = 64  # shards whose samples are shuffled together
+    lanes: int = 1  # parts of the data read side by side; with as many as hosts, each reads its own shards only
+    tail: str = "carry"  # images of an epoch that fill no batch: carry (go on in the next), drop, or repeat some more
+    max_bad_fraction: float = 0.01  # a run stops when a larger share of the images cannot be read
     workers: Optional[int] = None  # loader processes per rank; empty: from the number of cores
 
 
@@ -154,13 +158,14 @@ class Config:
 # What a resumed run may change: where things lie and how the work is split, not what is computed. The data's identity
 # is its shards' checksum, kept by the checkpoint, not its path.
 NEUTRAL = ("run.folder", "run.name", "data.train", "data.eval", "data.micro_batch", "data.workers", "data.crop_size",
-           "parallel.", "log.", "eval.", "checkpoint.")  # fmt: skip
+           "data.max_bad_fraction", "parallel.", "log.", "eval.", "checkpoint.")  # fmt: skip
 
 CHOICES = {
     "model.variant": tuple(VARIANTS),
     "objective.loss": ("infonce", "norm_l2", "mse", "l1", "smooth_l1", "cosine"),
     "objective.target_input": ("masked", "all"),
     "objective.gap_jitter": ("released", "full"),
+    "data.tail": ("carry", "drop", "repeat"),
     "precision.compute": ("bf16", "fp32"),
     "precision.reduce": ("fp32", "bf16"),
     "parallel.backend": ("deepspeed", "local"),
@@ -170,11 +175,12 @@ CHOICES = {
 POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_size", "model.grid_size",
             "model.mlp_ratio", "model.projector_dim", "model.decoder_dim", "model.decoder_depth",
             "model.decoder_num_heads", "objective.temperature", "objective.num_visible", "data.global_batch",
-            "data.micro_batch", "data.block_shards", "optim.base_lr", "optim.eps", "parallel.timeout_minutes",
+            "data.micro_batch", "data.block_shards", "data.weights", "data.lanes", "optim.base_lr", "optim.eps",
+            "parallel.timeout_minutes",
             "eval.resize", "eval.batch", "eval.k", "eval.temperature", "checkpoint.keep")  # fmt: skip
 NOT_NEGATIVE = ("run.seed", "model.patch_gap", "model.projector_depth", "objective.similarity_weight", "data.workers",
                 "optim.weight_decay", "optim.clip_norm")  # fmt: skip
-UNIT_INTERVAL = ("objective.momentum", "optim.floor", "data.crop_scale")
+UNIT_INTERVAL = ("objective.momentum", "optim.floor", "data.crop_scale", "data.max_bad_fraction")
 BELOW_ONE = ("model.drop_path", "model.dropout", "optim.betas")
 MAX_GRID = 256  # cells a side that `draw_views` can number
 MAX_SEED = 2**63 - 1

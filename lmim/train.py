@@ -284,8 +284,8 @@ def next_batch(batches: Iterator[Batch], run: Run) -> Batch:
     batch = next(batches)
     run.meters.waited(time.perf_counter() - began)
     run.meters.skipped(len(batch.skipped))
-    for words in batch.skipped:
-        logger.warning("skipped %s", words)
+    for skip in batch.skipped:
+        logger.warning("skipped %s", skip.reason)
     device = run.topology.device
     return batch._replace(
         images=batch.images.to(device, non_blocking=True), keys=batch.keys.to(device, non_blocking=True)

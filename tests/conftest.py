@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lmim.data.datasets import Source, open_source
-from lmim.data.shards import write_shards
+from lmim.data.sharding import write_shards
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = [

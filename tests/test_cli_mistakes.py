@@ -135,7 +135,7 @@ def test_every_image_mode_trains(tmp_path, mode):
         image.save(buffer, "JPEG" if suffix == "jpg" else "PNG")
         (source / f"{number}.{suffix}").write_bytes(buffer.getvalue())
     from lmim.data.datasets import open_source
-    from lmim.data.shards import write_shards
+    from lmim.data.sharding import write_shards
 
     write_shards(open_source(str(source)), tmp_path / "shards")
     arguments = ["train", QUICKSTART, *TINY, "parallel.backend=local", f"run.folder={tmp_path}/run", "data.eval=",

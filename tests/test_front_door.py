@@ -111,7 +111,7 @@ def test_a_copied_run_is_evaluated_where_it_is(run_folder, tmp_path, capsys):
 def test_unlabelled_training_images_leave_out_the_gallery(run_folder, shards, tmp_path, capsys):
     """Evaluate on labelled images what was trained on images without labels."""
     from lmim.data.datasets import Source, open_source
-    from lmim.data.shards import write_shards
+    from lmim.data.sharding import write_shards
 
     images = [image for _, image in zip(range(40), open_source("embedded:train").images, strict=False)]
     plain = tuple(type(i)(i.key, i.suffix, None, i.path, i.load) for i in images)

@@ -10,7 +10,8 @@ import torch
 
 from lmim.config import DataConfig, Split
 from lmim.data.loader import eval_batches, train_batches
-from lmim.data.shards import EpochPlan, ShardIndex
+from lmim.data.plan import EpochPlan
+from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
 from lmim.randomness import sample_key
 
@@ -24,12 +25,14 @@ def stream(index, *, ranks=1, micro=BATCH, workers=0, start=0, steps=20):
     parts = []
     for rank in range(ranks):
         batches = train_batches(
-            DataConfig(workers=workers), index, seed=5, size=10, split=Split(ranks, micro, accumulate),
+            DataConfig(workers=workers, global_batch=BATCH), index, seed=5, size=10,
+            split=Split(ranks, micro, accumulate),
             topology=Topology(rank, ranks, rank, ranks, CPU, "none"), start_step=start, total_steps=steps,
         )  # fmt: skip
         parts.append(list(batches))
     assert all(len(part) == (steps - start) * accumulate for part in parts)
-    ordered = [parts[rank][i] for i in range(len(parts[0])) for rank in range(ranks)]
+    steps_of = [[part[i : i + accumulate] for i in range(0, len(part), accumulate)] for part in parts]
+    ordered = [batch for step in zip(*steps_of, strict=True) for micros in step for batch in micros]
     return tuple(torch.cat([getattr(b, name) for b in ordered]) for name in ("sample_ids", "keys", "images"))
 
 
@@ -48,7 +51,7 @@ def test_every_sample_once_an_epoch_across_batches(index, reference):
     n = len(index)
     assert Counter(ids[:n]) == Counter(range(n)) == Counter(ids[n : 2 * n])
     assert ids[:n] != ids[n : 2 * n]
-    plan = EpochPlan(index, seed=5, epoch=0, block_shards=64)
+    plan = EpochPlan(index.starts, seed=5, epoch=0, block_shards=64)
     assert ids[:n] == plan.ids(0, n).tolist()
     epochs = np.arange(len(ids)) // n
     expected = [sample_key(5, int(epoch), sample) for epoch, sample in zip(epochs, ids, strict=True)]
@@ -73,7 +76,7 @@ def test_seeking_equals_playing_through(index, reference, start):
 
 def test_batches_are_channels_last_bytes(index, reference):
     images = next(iter(train_batches(
-        DataConfig(workers=0), index, seed=5, size=10, split=Split(1, BATCH, 1),
+        DataConfig(workers=0, global_batch=BATCH), index, seed=5, size=10, split=Split(1, BATCH, 1),
         topology=Topology(0, 1, 0, 1, CPU, "none"), start_step=0, total_steps=1,
     ))).images  # fmt: skip
     assert images.dtype == torch.uint8 and images.shape == (BATCH, 3, 10, 10)

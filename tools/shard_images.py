@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lmim.config import ConfigError
 from lmim.data.datasets import EMBEDDED_SPLITS, open_source
-from lmim.data.shards import ShardIndex, prepare_folder, write_shards
+from lmim.data.sharding import prepare_folder, write_shards
+from lmim.data.shards import ShardIndex
 
 LINE_EVERY_S = 10.0  # between plain progress lines
 NAMED = 10  # skipped files that the last line names

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,10 @@ from torch import Tensor
 
 from lmim.config import Config, ConfigError, DataConfig, Split
 from lmim.data.datasets import open_source
-from lmim.data.shards import EpochPlan, ShardIndex, ShardReader, write_shards
+from lmim.data.plan import Stream
+from lmim.data.sharding import write_shards
+from lmim.data.shards import Sample, ShardIndex, ShardReader
+from lmim.data.storage import Damaged
 from lmim.data.transforms import ImageError, decode_rgb, eval_view, train_view
 from lmim.dist import Topology, available_cores, barrier, ignore_stop_signals
 from lmim.randomness import sample_key
@@ -32,6 +36,11 @@ logger = logging.getLogger(__name__)
 EMBEDDED = ("embedded:train", "embedded:eval")
 MAX_WORKERS = 16
 SUBSTITUTES = 64  # how many following samples are tried in place of one that cannot be read
+RESTARTS = 3  # how often in a row loader workers that died are replaced
+
+
+class DataError(RuntimeError):
+    """The training data cannot be read any further; the message says why and what to do."""
 
 
 def open_shards(option: str, spec: str, run_folder: Path) -> ShardIndex | None:
@@ -61,82 +70,124 @@ def open_data(config: Config, topology: Topology) -> tuple[ShardIndex | None, Sh
     return train, test
 
 
+class Unreadable(NamedTuple):
+    """A sample that was skipped, and why."""
+
+    sample_id: int
+    reason: str
+
+
 class Batch(NamedTuple):
-    """One micro-batch: crops (B, 3, S, S) uint8 in channels-last memory, keys (B,) int64, and what was skipped."""
+    """One micro-batch: crops (B, 3, S, S) uint8 in channels-last memory, keys and sample ids (B,) int64.
+
+    `skipped` are the samples that could not be read; others stand in their places, with the keys of those places.
+    """
 
     images: Tensor
     keys: Tensor
     sample_ids: Tensor
-    skipped: list[str]
+    skipped: list[Unreadable]
 
 
-class Stream:
-    """Maps positions of the endless stream to (epoch, sample id)."""
+class Fetched(NamedTuple):
+    """Positions [start, start + B) of the stream with their samples' bytes, not yet decoded."""
 
-    def __init__(self, index: ShardIndex, seed: int, block_shards: int):
-        self.index, self.seed, self.block_shards = index, seed, block_shards
-        self._plan: EpochPlan | None = None
-
-    def samples(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield (epoch, sample id) of positions [start, stop)."""
-        while start < stop:
-            epoch, offset = divmod(start, len(self.index))
-            if self._plan is None or self._plan.epoch != epoch:
-                self._plan = EpochPlan(self.index, seed=self.seed, epoch=epoch, block_shards=self.block_shards)
-            end = min(offset + stop - start, len(self.index))
-            for sample_id in self._plan.ids(offset, end):
-                yield epoch, int(sample_id)
-            start += end - offset
+    start: int
+    epochs: np.ndarray
+    sample_ids: np.ndarray
+    samples: list[Sample | Damaged]
 
 
 class MicroBatches(torch.utils.data.IterableDataset):
-    """Source of the pipeline: the samples of this rank's micro-batches, those of them that this worker loads.
+    """Source of the pipeline: the first positions of this rank's micro-batches, those of them that this worker loads.
 
-    Micro-batch i of the run (step i div A, micro i mod A) is worker i mod W's; torch's loader takes from its workers
-    in turn, so the order is the same for any W. Micro-batch j of rank r holds slice j·ranks + r of its step.
+    Micro-batch i of a rank (step i div A, micro i mod A) is worker i mod W's; torch's loader takes from its workers in
+    turn, so the order is the same for any W. A rank's micro-batches of a step are one part of the step, so that the
+    ranks of a host read their own lanes.
     """
 
-    def __init__(self, stream: Stream, split: Split, rank: int, start_step: int, total_steps: int):
-        self.stream, self.split, self.rank = stream, split, rank
-        self.start, self.stop = start_step * split.accumulate, total_steps * split.accumulate
+    def __init__(self, split: Split, rank: int, start: int, stop: int):
+        self.split, self.rank, self.start, self.stop = split, rank, start, stop
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[int]:
         worker = torch.utils.data.get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         split = self.split
-        for micro in range(self.start + first, self.stop, stride):
-            begin = (micro * split.world_size + self.rank) * split.micro_batch
-            for offset, (epoch, sample_id) in enumerate(self.stream.samples(begin, begin + split.micro_batch)):
-                yield dict(position=begin + offset, epoch=epoch, sample_id=sample_id)
+        for number in range(self.start + first, self.stop, stride):
+            step, micro = divmod(number, split.accumulate)
+            yield ((step * split.world_size + self.rank) * split.accumulate + micro) * split.micro_batch
 
 
-class Crops:
-    """Reads, decodes and crops one sample; one that cannot be read gives its place to the next that can."""
+class Fetch:
+    """Reads the bytes of each micro-batch while the one before is decoded."""
 
-    def __init__(self, stream: Stream, reader: ShardReader, config: DataConfig, size: int):
-        self.stream, self.reader, self.config, self.size = stream, reader, config, size
+    def __init__(self, stream: Stream, reader: ShardReader, micro_batch: int):
+        self.stream, self.reader, self.micro_batch = stream, reader, micro_batch
 
-    def __call__(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        skipped = []
-        position = wanted["position"]
-        for epoch, sample_id in self.stream.samples(position, position + SUBSTITUTES):
-            sample = self.reader.read(sample_id)
-            try:
-                image = decode_rgb(sample.image)
-            except ImageError as error:
-                skipped.append(f"{sample.key}.{sample.suffix}: {error}")
-                continue
-            key = sample_key(self.stream.seed, epoch, sample_id)
-            crop = train_view(image, self.size, self.config.crop_scale, self.config.crop_ratio, self.config.flip, key)
-            return dict(image=crop, key=key, sample_id=sample_id, skipped=skipped)
-        raise ConfigError(f"data.train: {SUBSTITUTES} samples in a row cannot be read, the first is {skipped[0]}")
+    def __call__(self, starts: Iterator[int]) -> Iterator[Fetched]:
+        with ThreadPoolExecutor(1) as pool:
+            ahead = None
+            for start in starts:
+                following = pool.submit(self.fetch, start)
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = following
+            if ahead is not None:
+                yield ahead.result()
+
+    def fetch(self, start: int) -> Fetched:
+        epochs, ids = self.stream.at(start, start + self.micro_batch)
+        return Fetched(start, epochs, ids, self.reader.read_many(ids))
 
 
-def collate(samples: list[dict[str, Any]]) -> Batch:
-    """Stack crops (S, S, 3) into a channels-last batch."""
-    images = torch.from_numpy(np.stack([s["image"] for s in samples])).permute(0, 3, 1, 2)
-    keys, ids = (torch.tensor([s[name] for s in samples], dtype=torch.int64) for name in ("key", "sample_id"))
-    return Batch(images, keys, ids, [words for s in samples for words in s["skipped"]])
+class Decode:
+    """Makes a micro-batch's crops; a sample that cannot be read gives its place to the next that can.
+
+    The rule is a function of the position and of what is damaged, so every rank and every resume follows it alike. The
+    substitute is cropped and masked by the key of the place it takes: its own turn shows it differently.
+    """
+
+    def __init__(self, stream: Stream, reader: ShardReader, config: DataConfig, seed: int, size: int):
+        self.stream, self.reader, self.config, self.seed, self.size = stream, reader, config, seed, size
+
+    def __call__(self, fetched: Fetched) -> Batch:
+        keys = sample_key(self.seed, fetched.epochs, fetched.sample_ids)
+        ids = fetched.sample_ids.copy()
+        images = _shared_bytes(len(ids), self.size)
+        skipped: list[Unreadable] = []
+        for i, sample in enumerate(fetched.samples):
+            reason = self._crop(sample, int(keys[i]), images[i].numpy())
+            if reason:
+                skipped.append(Unreadable(int(ids[i]), reason))
+                ids[i] = self._substitute(fetched.start + i, int(keys[i]), images[i].numpy(), skipped[-1])
+        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(keys), torch.from_numpy(ids), skipped)
+
+    def _crop(self, sample: Sample | Damaged, key: int, out: np.ndarray) -> str:
+        """Write a sample's crop to `out` (S, S, 3), or return why it cannot be."""
+        if isinstance(sample, Damaged):
+            return str(sample)
+        config = self.config
+        try:
+            out[:] = train_view(
+                decode_rgb(sample.image), self.size, config.crop_scale, config.crop_ratio, config.flip, key
+            )
+        except ImageError as error:
+            return f"{sample.key}.{sample.suffix}: {error}"
+        return ""
+
+    def _substitute(self, position: int, key: int, out: np.ndarray, missing: Unreadable) -> int:
+        for sample_id in self.stream.at(position + 1, position + 1 + SUBSTITUTES)[1]:
+            if not self._crop(self.reader.read_many(np.array([sample_id]))[0], key, out):
+                return int(sample_id)
+        raise DataError(f"data.train: {SUBSTITUTES} images in a row cannot be read, the first is {missing.reason}")
+
+
+def _shared_bytes(batch: int, size: int) -> Tensor:
+    """Return an empty (B, S, S, 3) uint8 tensor, in memory that a worker shares with its trainer: no copy is made."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(batch, size, size, 3, dtype=torch.uint8)
+    memory = torch.UntypedStorage._new_shared(batch * size * size * 3)
+    return torch.empty(0, dtype=torch.uint8).set_(memory).view(batch, size, size, 3)
 
 
 def default_workers(topology: Topology) -> int:
@@ -149,25 +200,67 @@ def _start_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
 
 
+def open_stream(config: DataConfig, index: ShardIndex, seed: int) -> Stream:
+    """Return the order in which a run takes the samples of its training data."""
+    return Stream(index.starts, seed=seed, global_batch=config.global_batch, parts=index.parts, weights=config.weights,
+                  block_shards=config.block_shards, lanes=config.lanes, tail=config.tail)  # fmt: skip
+
+
 def train_batches(config: DataConfig, index: ShardIndex, *, seed: int, size: int, split: Split, topology: Topology,
                   start_step: int, total_steps: int) -> Iterator[Batch]:  # fmt: skip
-    """Yield this rank's micro-batches of steps [start_step, total_steps) in order."""
-    stream = Stream(index, seed, config.block_shards)
-    source = MicroBatches(stream, split, topology.rank, start_step, total_steps)
-    crops = Crops(Stream(index, seed, config.block_shards), ShardReader(index), config, size)
-    pipeline = wds.DataPipeline(
-        source, wds.map(crops), wds.batched(split.micro_batch, collation_fn=collate, partial=False)
-    )
-    workers = default_workers(topology) if config.workers is None else config.workers
-    loader = wds.WebLoader(
-        pipeline,
+    """Yield this rank's micro-batches of steps [start_step, total_steps) in order, as (B, 3, size, size) crops.
+
+    A worker that is killed is replaced, and the stream goes on where it was; one that keeps dying is a `DataError`.
+    """
+    assert split.world_size * split.micro_batch * split.accumulate == config.global_batch
+    number, stop = start_step * split.accumulate, total_steps * split.accumulate
+    deaths = 0
+    while number < stop:
+        batches = iter(_loader(config, index, seed, size, split, topology, number, stop))
+        try:
+            for batch in batches:
+                yield batch
+                number, deaths = number + 1, 0
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):  # else it is an error of ours, raised in a worker
+                raise
+            deaths += 1
+            if deaths > RESTARTS:
+                raise DataError(f"loader workers died {deaths} times in a row ({error}): is the host out of memory? "
+                                "set data.workers lower") from error  # fmt: skip
+            logger.warning("a loader worker died and is replaced: %s", " ".join(str(error).split()))
+            del batches  # ends the other workers
+
+
+def _loader(config: DataConfig, index: ShardIndex, seed: int, size: int, split: Split, topology: Topology, start: int,
+            stop: int) -> wds.WebLoader:  # fmt: skip
+    workers = min(default_workers(topology) if config.workers is None else config.workers, stop - start)
+    fetch = Fetch(open_stream(config, index, seed), ShardReader(index), split.micro_batch)
+    decode = Decode(open_stream(config, index, seed), ShardReader(index), config, seed, size)
+    return wds.WebLoader(
+        wds.DataPipeline(MicroBatches(split, topology.rank, start, stop), fetch, wds.map(decode)),
         batch_size=None,
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=topology.device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
-    yield from loader
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Move batches to the device, on a CUDA stream of their own so that the copy runs beside the step before."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(side):
+            moved = [tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.keys)]
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(side)
+        for tensor in moved:
+            tensor.record_stream(current)  # else its memory could be given away while the step reads it
+        yield batch._replace(images=moved[0], keys=moved[1])
 
 
 class EvalImages(torch.utils.data.Dataset):
@@ -180,11 +273,11 @@ class EvalImages(torch.utils.data.Dataset):
         return len(self.sample_ids)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        sample = self.reader.read(int(self.sample_ids[i]))
         try:
+            sample = self.reader.read(int(self.sample_ids[i]))
             view = eval_view(decode_rgb(sample.image), self.resize, self.crop)
-        except ImageError as error:
-            logger.warning("skipped %s.%s: %s", sample.key, sample.suffix, error)
+        except (Damaged, ImageError) as error:
+            logger.warning("skipped sample %d: %s", self.sample_ids[i], error)
             return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), UNREADABLE
         return torch.from_numpy(view).permute(2, 0, 1), -1 if sample.label is None else sample.label
 

@@ -1,10 +1,9 @@
-"""Tar shards of images: writing them, their index, reading a sample by its number, and the order of an epoch.
+"""Tar shards of images: their index, and reading a sample by its number.
 
-Owns the format on disk: `shard-000000.tar` holds per sample KEY.EXT (the image file's bytes) and, where labelled,
-KEY.cls (the label in ASCII), so any webdataset reader opens it; `shard-000000.npz` holds where each image lies;
+Owns the format: `shard-000000.tar` holds per sample KEY.EXT (the image file's bytes) and, where labelled, KEY.cls (the
+label in ASCII), so any webdataset reader opens it; `shard-000000.npz` holds where each image lies and its checksum;
 `index.json`, written last, makes the folder a data set. Plain tar shards from elsewhere are indexed in memory.
-The invariants: a sample's id is its place in the shards' order; the same source and options give byte-identical
-files; the order of an epoch is a function of (seed, epoch) alone, and every sample comes exactly once in it.
+The invariants: a sample's id is its place in the shards' order, and what is read is what was written, or `Damaged`.
 
 Nothing is ever extracted: members are read by offset, and only regular ones with relative names below `MAX_MEMBER`.
 """
@@ -12,6 +11,7 @@ Nothing is ever extracted: members are read by offset, and only regular ones wit
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -19,40 +19,41 @@ import os
 import re
 import tarfile
 import zipfile
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from webdataset import TarWriter
+import xxhash
 
 from lmim.config import ConfigError
-from lmim.data.datasets import Source, SourceImage, holds_images
-from lmim.data.transforms import IMAGE_SUFFIXES, ImageError, decode_rgb, shrink
-from lmim.randomness import draw, fold, purpose
+from lmim.data.datasets import holds_images
+from lmim.data.plan import Recent
+from lmim.data.storage import Damaged, Storage
+from lmim.data.transforms import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
-FORMAT, VERSION = "lmim-shards", 1
+FORMAT, VERSION = "lmim-shards", 2
 INDEX = "index.json"
-PART = ".part"  # ends the names of files of a run that is not finished
-OURS = re.compile(r"shard-\d{6}\.(tar|npz)(\.part)?")
 MAX_MEMBER = 256 << 20  # bytes
 BLOCK = 512  # bytes: tar's unit
-OPEN_FILES, OPEN_TABLES, OPEN_BLOCKS = 128, 256, 2  # kept at a time by a reader, an index and a plan
-WRITE_ORDER, SHARD_ORDER, SAMPLE_ORDER = purpose("write order"), purpose("shard order"), purpose("sample order")
+OPEN_TABLES = 256  # kept at a time by an index; a shard of 10,000 samples takes 0.7 MB
+NAMED = 3  # damaged shards that a complaint names
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's rule for key and suffix
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 class Shard(NamedTuple):
-    """A tar file of the data set: name, samples, size in bytes, checksum (None where it was not written by us)."""
+    """A tar file of the data set.
+
+    `name` and `table`, the file that says where its images lie, are relative to the index's folder, or whole paths or
+    addresses. `sha256` is None where it was not written by us.
+    """
 
     name: str
     samples: int
     bytes: int
     sha256: str | None
+    table: str
 
 
 class Skipped(NamedTuple):
@@ -63,13 +64,17 @@ class Skipped(NamedTuple):
 
 
 class ShardTable(NamedTuple):
-    """Where a shard's images lie: keys and suffixes (UTF-8), offsets and sizes in bytes, labels (−1: none)."""
+    """Where a shard's images lie: keys and suffixes (UTF-8), offsets and sizes in bytes, labels and checksums.
+
+    A label is −1 where there is none, as is a checksum (the low 32 bits of XXH3-64 of the image's bytes).
+    """
 
     keys: np.ndarray
     suffixes: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray
+    checksums: np.ndarray
 
 
 class Sample(NamedTuple):
@@ -81,62 +86,79 @@ class Sample(NamedTuple):
     label: int | None
 
 
-class _Recent(OrderedDict[K, V], Generic[K, V]):
-    """The values asked for last, at most `limit` of them; the others are made again when needed. Pickled empty."""
-
-    def __init__(self, limit: int):
-        super().__init__()
-        self.limit = limit
-
-    def get_or_make(self, key: K, make: Callable[[K], V]) -> V:
-        if key not in self:
-            self[key] = make(key)
-            if len(self) > self.limit:
-                self.popitem(last=False)
-        self.move_to_end(key)
-        return self[key]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.limit,)
+def checksum(data: bytes) -> int:
+    """Return the low 32 bits of XXH3-64, which takes a tenth of a CRC's time."""
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
 # --- the index -------------------------------------------------------------------------------------------------------
 
 
 class ShardIndex:
-    """What a folder of shards holds, without its images; `len` is the number of samples."""
+    """What a folder of shards holds, without its images; `len` is the number of samples.
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], *, classes: Sequence[str] | None = None,
-                 skipped: Sequence[Skipped] = (), tables: dict[int, ShardTable] | None = None):  # fmt: skip
-        self.folder = folder
+    `parts` are the first shards of the data sets it was joined from.
+    """
+
+    def __init__(self, folder: str | Path, shards: Sequence[Shard], *, classes: Sequence[str] | None = None,
+                 skipped: Sequence[Skipped] = (), parts: Sequence[int] = (0,),
+                 tables: dict[int, ShardTable] | None = None, storage: Storage | None = None):  # fmt: skip
+        self.folder = str(folder)
         self.shards = tuple(shards)
         self.classes = None if classes is None else tuple(classes)
         self.skipped = tuple(skipped)
+        self.parts = tuple(parts)
         self.starts = np.cumsum([0, *(shard.samples for shard in self.shards)])  # (shards + 1,): first sample ids
-        self._scanned = tables
-        self._tables: _Recent[int, ShardTable] = _Recent(OPEN_TABLES)
+        self.storage = storage or Storage()
+        self._scanned = tables or {}
+        self._tables: Recent[int, ShardTable] = Recent(OPEN_TABLES)
 
     @staticmethod
-    def open(folder: str | Path, *, option: str = "data folder") -> ShardIndex:
-        """Read the index of a folder of shards, or make one in memory from its plain tar files.
+    def open(location: str | Path, *, option: str = "data folder", storage: Storage | None = None,
+             max_bad_fraction: float = 0.0) -> ShardIndex:  # fmt: skip
+        """Read the index of a folder of shards, here or remote, or make one in memory from local plain tar files.
 
-        Raises `ConfigError`, which calls the folder `option`: missing, without shards, with a shard that is missing
-        or of another size than when it was indexed, or with an index of another version.
+        Raises `ConfigError`, which calls the folder `option`: missing, without shards, with an index of another
+        version, or with more than `max_bad_fraction` of the samples in local shards that are missing or of another
+        size than when they were indexed; fewer are a warning.
         """
-        folder = Path(folder)
+        location = str(location)
+        storage = storage or Storage()
+        if "://" in location:
+            return _read_index(location.rstrip("/"), option, storage)
+        folder = Path(location)
         if not folder.is_dir():
             state = "is no folder" if folder.exists() else "does not exist"
             raise ConfigError(f"{option} ({folder}) {state}: make shards: python tools/shard_images.py SRC {folder}")
         if (folder / INDEX).is_file():
-            return _read_index(folder, option)
+            index = _read_index(location, option, storage)
+            index.check_files(option, max_bad_fraction)
+            return index
         tars = sorted(folder.glob("*.tar"))
         if tars:
-            return _scan_folder(folder, tars)
+            return _scan_folder(folder, tars, storage)
         if holds_images(folder):
             raise ConfigError(f"{option} ({folder}) holds images, not shards: "
                               f"shard it first: python tools/shard_images.py {folder} DST")  # fmt: skip
         raise ConfigError(f"{option} ({folder}) holds no shards (no {INDEX}, no *.tar): "
                           f"make them: python tools/shard_images.py SRC {folder}")  # fmt: skip
+
+    @staticmethod
+    def join(indexes: Sequence[ShardIndex], option: str = "data folder") -> ShardIndex:
+        """Return one index of several data sets, in their order; labels are kept where the classes agree."""
+        first, *others = indexes
+        if not others:
+            return first
+        if any(index.classes != first.classes for index in others):
+            logger.info("%s: the sources' classes differ, so their labels are not used", option)
+        shards = [shard._replace(name=index.url(n), table=_join(index.folder, shard.table))
+                  for index in indexes for n, shard in enumerate(index.shards)]  # fmt: skip
+        parts = np.cumsum([0, *(len(index.shards) for index in indexes)]).tolist()
+        tables = {begin + n: table for begin, index in zip(parts, indexes) for n, table in index._scanned.items()}
+        same = all(index.classes == first.classes for index in others)
+        return ShardIndex(", ".join(index.folder for index in indexes), shards, parts=parts[:-1], tables=tables,
+                          classes=first.classes if same else None, storage=first.storage,
+                          skipped=[skip for index in indexes for skip in index.skipped])  # fmt: skip
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -149,8 +171,12 @@ class ShardIndex:
     @property
     def fingerprint(self) -> str:
         """Identity of the data set, for a run's config hash: of the shards' checksums, or else of names and sizes."""
-        lines = (shard.sha256 or f"{shard.name} {shard.bytes}" for shard in self.shards)
+        lines = (shard.sha256 or f"{shard.name.rpartition('/')[2]} {shard.bytes}" for shard in self.shards)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def url(self, number: int) -> str:
+        """Return the path or address of shard `number`."""
+        return _join(self.folder, self.shards[number].name)
 
     def labels(self) -> np.ndarray:
         """Return the label of every sample (N,) int64, −1 where there is none."""
@@ -166,18 +192,18 @@ class ShardIndex:
         return numbers, ids - self.starts[numbers]
 
     def table(self, number: int) -> ShardTable:
-        """Return where the images of shard `number` lie, from its side file."""
-        if self._scanned is not None:
+        """Return where the images of shard `number` lie, from its side file; ConfigError where that is damaged."""
+        if number in self._scanned:
             return self._scanned[number]
         return self._tables.get_or_make(number, self._load_table)
 
     def _load_table(self, number: int) -> ShardTable:
         shard = self.shards[number]
-        path = self.folder / _table_name(shard.name)
+        path = _join(self.folder, shard.table)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(self.storage.read(path)), allow_pickle=False) as arrays:
                 table = ShardTable(*(arrays[name] for name in ShardTable._fields))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (Damaged, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{path} cannot be read ({reason}): shard the images again") from error
         fits = all(len(column) == shard.samples for column in table)
@@ -185,45 +211,66 @@ class ShardIndex:
             raise ConfigError(f"{path} does not fit {shard.name}: shard the images again")
         return table
 
+    def check_files(self, option: str, max_bad_fraction: float) -> None:
+        """Look whether all local shards are there with the size they had when they were indexed; see `open`."""
+        wrong, samples = [], 0
+        for number, shard in enumerate(self.shards):
+            url = self.url(number)
+            if _is_remote(url):
+                continue
+            try:
+                size = os.stat(url).st_size
+                reason = f"has {size} bytes where its index says {shard.bytes}" if size != shard.bytes else ""
+            except FileNotFoundError:
+                reason = "is missing"
+            if reason:
+                wrong.append(f"{shard.name} {reason}")
+                samples += shard.samples
+        if wrong:
+            words = "; ".join(wrong[:NAMED]) + (f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else "")
+            if samples > max_bad_fraction * len(self):
+                raise ConfigError(f"{option} ({self.folder}) is damaged: {words}: copy these again")
+            logger.warning("%s (%s) is damaged: %s: copy these again; until then images are skipped", option,
+                           self.folder, words)  # fmt: skip
 
-def _table_name(shard_name: str) -> str:
-    return Path(shard_name).stem + ".npz"
+
+def _is_remote(url: str) -> bool:
+    return "://" in url or url.startswith("pipe:")
 
 
-def _read_index(folder: Path, option: str) -> ShardIndex:
+def _join(folder: str, name: str) -> str:
+    return name if _is_remote(name) or name.startswith("/") else f"{folder}/{name}"
+
+
+def _read_index(folder: str, option: str, storage: Storage) -> ShardIndex:
     again = "shard the images again: python tools/shard_images.py SRC DST"
+    path = _join(folder, INDEX)
     try:
-        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        content = json.loads(storage.read(path))
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ConfigError(f"{option} ({folder}) has an index of {content['format']} version {content['version']}, "
                               f"but this lmim reads {FORMAT} version {VERSION}: {again}")  # fmt: skip
         shards = [Shard(**shard) for shard in content["shards"]]
         skipped = [Skipped(**skip) for skip in content["skipped"]]
-        index = ShardIndex(folder, shards, classes=content["classes"], skipped=skipped)
+        return ShardIndex(folder, shards, classes=content["classes"], skipped=skipped, storage=storage)
+    except Damaged as error:
+        raise ConfigError(f"{option} ({folder}) has no index: {error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{folder / INDEX} is no index of shards ({reason}): {again}") from error
-    for shard in shards:
-        path = folder / shard.name
-        if not path.is_file():
-            raise ConfigError(f"{option} ({folder}) lacks {shard.name}, which its index lists: copy the folder again")
-        size = path.stat().st_size
-        if size != shard.bytes:
-            raise ConfigError(f"{path} has {size} bytes where its index says {shard.bytes}: copy it again")
-    return index
+        raise ConfigError(f"{path} is no index of shards ({reason}): {again}") from error
 
 
 # --- reading tar files -----------------------------------------------------------------------------------------------
 
 
-def _scan_folder(folder: Path, tars: list[Path]) -> ShardIndex:
+def _scan_folder(folder: Path, tars: list[Path], storage: Storage) -> ShardIndex:
     logger.info("%s has no %s: reading the headers of %d tar files", folder, INDEX, len(tars))
     tables = {number: scan_tar(path) for number, path in enumerate(tars)}
-    shards = [Shard(path.name, len(tables[n].keys), path.stat().st_size, None) for n, path in enumerate(tars)]
+    shards = [Shard(path.name, len(tables[n].keys), path.stat().st_size, None, "") for n, path in enumerate(tars)]
     if not any(shard.samples for shard in shards):
         raise ConfigError(f"{folder}: no member of its {len(tars)} tar files has the suffix of an image "
                           f"({', '.join(sorted(IMAGE_SUFFIXES))})")  # fmt: skip
-    return ShardIndex(folder, shards, tables=tables)
+    return ShardIndex(folder, shards, tables=tables, storage=storage)
 
 
 def scan_tar(path: Path) -> ShardTable:
@@ -249,7 +296,8 @@ def scan_tar(path: Path) -> ShardTable:
         raise ConfigError(f"{path} is no uncompressed tar or is damaged ({error}): make it again") from error
     keys, suffixes, offsets, sizes, labels = zip(*rows, strict=True) if rows else ((),) * 5
     numbers = (np.array(column, np.int64) for column in (offsets, sizes, labels))
-    return ShardTable(np.array(keys, np.bytes_), np.array(suffixes, np.bytes_), *numbers)
+    return ShardTable(np.array(keys, np.bytes_), np.array(suffixes, np.bytes_), *numbers,
+                      checksums=np.full(len(rows), -1, np.int64))  # fmt: skip
 
 
 def _safe_members(tar: tarfile.TarFile, file: BinaryIO, path: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
@@ -279,243 +327,43 @@ def _label(text: bytes) -> int:
 
 
 class ShardReader:
-    """Reads samples by id from local shards, with at most `OPEN_FILES` files open; one for each thread.
-
-    It may be forked or pickled to worker processes: reads are by offset, so a shared file has no position to disturb.
-    """
+    """Reads samples by id. It may be forked or pickled to worker processes; one for each thread."""
 
     def __init__(self, index: ShardIndex):
         self.index = index
-        self._files: _Recent[int, BinaryIO] = _Recent(OPEN_FILES)  # a file pushed out closes itself
+
+    def read_many(self, sample_ids: np.ndarray) -> list[Sample | Damaged]:
+        """Return the samples, `Damaged` in place of those that are gone, cut off, or not what was written."""
+        numbers, places = self.index.locate(sample_ids)
+        tables = [self.index.table(number) for number in numbers.tolist()]
+        ranges = []
+        for table, number, place in zip(tables, numbers.tolist(), places.tolist(), strict=True):
+            start = int(table.offsets[place])
+            ranges.append((self.index.url(number), start, start + int(table.sizes[place])))
+        data = self.index.storage.read_ranges(ranges)
+        return [self._sample(*row) for row in zip(tables, numbers.tolist(), places.tolist(), data, strict=True)]
+
+    def _sample(self, table: ShardTable, number: int, place: int, image: bytes | Damaged) -> Sample | Damaged:
+        key = bytes(table.keys[place]).decode(errors="surrogateescape")
+        suffix, label = bytes(table.suffixes[place]).decode(), int(table.labels[place])
+        if isinstance(image, Damaged):
+            return Damaged(f"{key}.{suffix}: {image}")
+        if table.checksums[place] not in (-1, checksum(image)):
+            return Damaged(f"{key}.{suffix}: its bytes in {self.index.url(number)} are not those that were written")
+        return Sample(key, suffix, image, None if label < 0 else label)
 
     def read(self, sample_id: int) -> Sample:
-        """Return one sample; IndexError beyond the data set, ConfigError where its shard is gone or too short."""
-        number, place = (int(x) for x in self.index.locate(sample_id))
-        table = self.index.table(number)
-        size, label = int(table.sizes[place]), int(table.labels[place])
-        try:
-            file = self._files.get_or_make(number, self._open)
-            image = os.pread(file.fileno(), size, int(table.offsets[place]))
-        except OSError as error:
-            raise ConfigError(f"{self._path(number)} cannot be read: {error.strerror}") from error
-        if len(image) != size:
-            raise ConfigError(f"{self._path(number)} is shorter than its index says: copy it again")
-        key = bytes(table.keys[place]).decode(errors="surrogateescape")
-        return Sample(key, bytes(table.suffixes[place]).decode(), image, None if label < 0 else label)
+        """Return one sample; IndexError beyond the data set, `Damaged` where it cannot be read."""
+        sample = self.read_many(np.array([sample_id]))[0]
+        if isinstance(sample, Damaged):
+            raise sample
+        return sample
 
     def read_wds(self, sample_id: int) -> dict[str, Any]:
         """Return one sample as webdataset gives it: `__key__`, `__url__`, the image's bytes under its suffix, `cls`."""
         sample = self.read(sample_id)
         number = int(self.index.locate(sample_id)[0])
-        found: dict[str, Any] = {"__key__": sample.key, "__url__": self._path(number), sample.suffix: sample.image}
+        found: dict[str, Any] = {"__key__": sample.key, "__url__": self.index.url(number), sample.suffix: sample.image}
         if sample.label is not None:
             found["cls"] = str(sample.label).encode()
         return found
-
-    def close(self) -> None:
-        """Close the open files; a later read opens them again."""
-        self._files.clear()
-
-    def _path(self, number: int) -> str:
-        return str(self.index.folder / self.index.shards[number].name)
-
-    def _open(self, number: int) -> BinaryIO:
-        return open(self._path(number), "rb", buffering=0)
-
-
-# --- the order of an epoch -------------------------------------------------------------------------------------------
-
-
-class EpochPlan:
-    """The order of all sample ids in one epoch, computed where it is looked at.
-
-    The shards are shuffled and cut into blocks of about `block_shards`, and the samples of each block are shuffled:
-    near to a full permutation, while a reader has only one block's shards open at a time.
-    """
-
-    def __init__(self, index: ShardIndex, *, seed: int, epoch: int, block_shards: int = 64):
-        self.index, self.seed, self.epoch, self.block_shards = index, seed, epoch, block_shards
-        self._key = fold(0, seed, epoch)
-        number = len(index.shards)
-        self._shards = _shuffled(self._key, SHARD_ORDER, np.arange(number))
-        blocks = max(1, -(-number // block_shards))
-        self._bounds = np.arange(blocks + 1) * number // blocks  # even: a last block of one shard would mix badly
-        self._starts = np.concatenate([[0], np.cumsum(np.diff(index.starts)[self._shards])])[self._bounds]
-        self._blocks: _Recent[int, np.ndarray] = _Recent(OPEN_BLOCKS)
-
-    def ids(self, start: int, stop: int) -> np.ndarray:
-        """Return the sample ids (int64) at places [start, stop) of the epoch; IndexError beyond its end."""
-        if not 0 <= start <= stop <= len(self.index):
-            raise IndexError(f"places [{start}, {stop}) are not in an epoch of {len(self.index)} samples")
-        if start == stop:
-            return np.empty(0, np.int64)
-        first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
-        parts = []
-        for block in range(int(first), int(last) + 1):
-            begin = int(self._starts[block])
-            parts.append(self._blocks.get_or_make(block, self._block)[max(start - begin, 0) : stop - begin])
-        return np.concatenate(parts)
-
-    def _block(self, block: int) -> np.ndarray:
-        shards = self._shards[self._bounds[block] : self._bounds[block + 1]]
-        ranges = [np.arange(self.index.starts[shard], self.index.starts[shard + 1]) for shard in shards]
-        return _shuffled(self._key, SAMPLE_ORDER, np.concatenate(ranges))
-
-
-def _shuffled(key: int, use: int, ids: np.ndarray) -> np.ndarray:
-    """Return the ids in the order of their hashes; equal hashes, about one pair in 90,000 ids, keep their order."""
-    return ids[np.argsort(np.asarray(draw(key, use, ids)), kind="stable")]
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-class _Verified(NamedTuple):
-    key: str
-    suffix: str
-    data: bytes
-    label: int | None
-
-
-def write_shards(source: Source, folder: str | Path, *, samples_per_shard: int = 10_000, shard_bytes: int = 1 << 30,
-                 seed: int | None = 0, short_side: int | None = None, jpeg_quality: int = 90, overwrite: bool = False,
-                 progress: Callable[[int, int], None] | None = None) -> ShardIndex:  # fmt: skip
-    """Write a source as tar shards with an index and return the index.
-
-    A shard ends at `samples_per_shard` or before `shard_bytes`. The order is shuffled by `seed`; None keeps it. Bytes
-    pass through untouched, but an image whose short side exceeds `short_side` px is made smaller and stored as JPEG.
-    Each image is decoded once; one that is broken is skipped, logged, and named in the index. `progress` is called
-    with (images done, images in all). Raises `ConfigError` for a folder that holds shards already, unless `overwrite`,
-    where two images share a key, and where none can be decoded. Files get their names when all are written: a run that
-    was stopped leaves no shards behind, and what it was to overwrite untouched.
-    """
-    folder = Path(folder)
-    _check_options(samples_per_shard, shard_bytes, short_side, jpeg_quality, seed)
-    key, times = Counter(image.key for image in source.images).most_common(1)[0]
-    if times > 1:
-        raise ConfigError(f"{source.name}: {times} images share the key {key}: rename all but one")
-    prepare_folder(folder, overwrite)
-    order = np.arange(len(source.images))
-    if seed is not None:
-        order = _shuffled(fold(0, seed), WRITE_ORDER, order)
-    skipped = [Skipped(path, "not named like an image") for path in source.other_files]
-    images = (source.images[i] for i in _counted(order, progress))
-    verified = _verify(images, skipped, short_side, jpeg_quality)
-    shards = []
-    for number, group in itertools.groupby(_number(verified, samples_per_shard, shard_bytes), key=lambda pair: pair[0]):
-        shards.append(_write_shard(folder, f"shard-{number:06d}.tar", (sample for _, sample in group)))
-    if not shards:
-        raise ConfigError(f"{source.name}: none of {len(source.images)} images can be decoded, "
-                          f"such as {skipped[-1].path}: {skipped[-1].reason}")  # fmt: skip
-    _name_files(folder, shards)
-    index = ShardIndex(folder, shards, classes=source.classes, skipped=sorted(skipped))
-    _write_index(index)
-    return index
-
-
-def _check_options(samples_per_shard: int, shard_bytes: int, short_side: int | None, jpeg_quality: int,
-                   seed: int | None) -> None:  # fmt: skip
-    counts = dict(samples_per_shard=samples_per_shard, shard_bytes=shard_bytes, short_side=short_side)
-    for option, value in counts.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} ({value}) must be at least 1")
-    if not 1 <= jpeg_quality <= 100:
-        raise ConfigError(f"jpeg_quality ({jpeg_quality}) must be in [1, 100]")
-    if seed is not None and not 0 <= seed < 1 << 63:
-        raise ConfigError(f"seed ({seed}) must be in [0, 2**63)")
-
-
-def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """Make a folder ready to take shards, or raise ConfigError for one that holds any and is not to be overwritten."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"DST ({folder}) is a file: choose a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not overwrite and ((folder / INDEX).exists() or any(folder.glob("*.tar"))):
-        raise ConfigError(f"DST ({folder}) holds shards already: choose another folder, or --overwrite them")
-    for path in folder.glob("*" + PART):
-        if OURS.fullmatch(path.name):
-            path.unlink()
-
-
-def _name_files(folder: Path, shards: list[Shard]) -> None:
-    """Put the finished files in place of what the folder held, which is no data set until the index is written."""
-    (folder / INDEX).unlink(missing_ok=True)
-    for path in list(folder.iterdir()):
-        if OURS.fullmatch(path.name) and path.suffix != PART:
-            path.unlink()
-    for shard in shards:
-        for name in (_table_name(shard.name), shard.name):
-            os.replace(folder / (name + PART), folder / name)
-
-
-def _counted(order: np.ndarray, progress: Callable[[int, int], None] | None) -> Iterator[int]:
-    for done, i in enumerate(order.tolist()):
-        yield i
-        if progress is not None:
-            progress(done + 1, len(order))
-
-
-def _verify(images: Iterable[SourceImage], skipped: list[Skipped], short_side: int | None,
-            jpeg_quality: int) -> Iterator[_Verified]:  # fmt: skip
-    """Yield what decodes, made smaller where asked for; append what does not to `skipped`."""
-    for image in images:
-        try:
-            data = image.read()
-            if len(data) > MAX_MEMBER:
-                raise ImageError(f"{len(data)} bytes are more than the {MAX_MEMBER} allowed")
-            decoded = decode_rgb(data)
-        except (ImageError, OSError) as error:
-            reason = str(error) if isinstance(error, ImageError) else f"cannot be read: {error.strerror}"
-            logger.info("skipped %s: %s", image.path, reason)
-            skipped.append(Skipped(image.path, reason))
-            continue
-        smaller = None if short_side is None else shrink(decoded, short_side, jpeg_quality)
-        suffix = image.suffix if smaller is None else "jpg"
-        yield _Verified(image.key, suffix, smaller or data, image.label)
-
-
-def _number(samples: Iterable[_Verified], most_samples: int, most_bytes: int) -> Iterator[tuple[int, _Verified]]:
-    """Pair each sample with the number of its shard."""
-    number = count = size = 0
-    for sample in samples:
-        members = [len(sample.data)] if sample.label is None else [len(sample.data), 1]
-        takes = sum(BLOCK + -(-member // BLOCK) * BLOCK for member in members)
-        if count and (count == most_samples or size + takes > most_bytes):
-            number, count, size = number + 1, 0, 0
-        count, size = count + 1, size + takes
-        yield number, sample
-
-
-def _write_shard(folder: Path, name: str, samples: Iterable[_Verified]) -> Shard:
-    """Write one tar, and its table from what the tar's headers then say, both under provisional names."""
-    part = folder / (name + PART)
-    with open(part, "wb") as file, TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
-        for sample in samples:
-            label = {} if sample.label is None else {"cls": str(sample.label).encode()}
-            tar.write({"__key__": sample.key, sample.suffix: sample.data, **label})
-    table = scan_tar(part)
-    with open(folder / (_table_name(name) + PART), "wb") as table_file:
-        np.savez_compressed(table_file, **table._asdict())
-    checksum = hashlib.sha256()
-    with open(part, "rb") as written:
-        while chunk := written.read(1 << 20):
-            checksum.update(chunk)
-    return Shard(name, len(table.keys), part.stat().st_size, checksum.hexdigest())
-
-
-def _write_index(index: ShardIndex) -> None:
-    labels = index.labels()
-    image_bytes = sum(int(index.table(number).sizes.sum()) for number in range(len(index.shards)))
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "samples": len(index),
-        "mean_image_bytes": round(image_bytes / len(index), 1),
-        "classes": index.classes,
-        "class_counts": index.classes and np.bincount(labels, minlength=len(index.classes)).tolist(),
-        "shards": [shard._asdict() for shard in index.shards],
-        "skipped": [skipped._asdict() for skipped in index.skipped],
-    }
-    part = index.folder / (INDEX + PART)
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
-    os.replace(part, index.folder / INDEX)
