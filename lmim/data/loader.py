@@ -26,7 +26,7 @@ from lmim.config import Config, ConfigError, DataConfig, Split
 from lmim.data.datasets import open_source
 from lmim.data.plan import Stream
 from lmim.data.sharding import write_shards
-from lmim.data.shards import Sample, ShardIndex, ShardReader
+from lmim.data.shards import INDEX, Sample, ShardIndex, ShardReader
 from lmim.data.storage import Damaged
 from lmim.data.transforms import ImageError, decode_rgb, eval_view, train_view
 from lmim.dist import Topology, available_cores, barrier, ignore_stop_signals
@@ -43,31 +43,40 @@ class DataError(RuntimeError):
     """The training data cannot be read any further; the message says why and what to do."""
 
 
-def open_shards(option: str, spec: str, run_folder: Path) -> ShardIndex | None:
-    """Open the folder of shards that an option names, None if it is empty; complaints name the option.
+def open_shards(option: str, spec: str | list[str], run_folder: Path, max_bad_fraction: float = 0.0) -> ShardIndex | None:
+    """Open the shards that an option names, several as one data set, None if it is empty; complaints name the option.
 
-    "embedded:train" and "embedded:eval" are sharded into the run folder at first use, by one rank.
+    "embedded:train" and "embedded:eval" are sharded into the run folder at first use, by one rank. For
+    `max_bad_fraction` see `ShardIndex.open`.
     """
     if not spec:
         return None
+    specs = spec if isinstance(spec, list) else [spec]
+    indexes = [ShardIndex.open(_sharded(one, run_folder), option=option, max_bad_fraction=max_bad_fraction)
+               for one in specs]  # fmt: skip
+    return ShardIndex.join(indexes, option)
+
+
+def _sharded(spec: str, run_folder: Path) -> str:
     if spec not in EMBEDDED:
-        return ShardIndex.open(Path(spec), option=option)
+        return spec
     folder = run_folder / "shards" / spec.partition(":")[2]
-    if not (folder / "index.json").is_file():
+    if not (folder / INDEX).is_file():
         write_shards(open_source(spec), folder, overwrite=True)
-    return ShardIndex.open(folder, option=option)
+    return str(folder)
 
 
 def open_data(config: Config, topology: Topology) -> tuple[ShardIndex | None, ShardIndex | None]:
     """Open `data.train` and `data.eval` on every rank; embedded images are sharded by the first."""
-    folder = Path(config.run.folder)
-    options = (("data.train", config.data.train), ("data.eval", config.data.eval))
-    if topology.is_main:
-        for option, spec in options:
-            open_shards(option, spec, folder)
+    folder, data = Path(config.run.folder), config.data
+
+    def open_both() -> tuple[ShardIndex | None, ShardIndex | None]:
+        train = open_shards("data.train", data.train, folder, data.max_bad_fraction)
+        return train, open_shards("data.eval", data.eval, folder)
+
+    found = open_both() if topology.is_main else (None, None)
     barrier()
-    train, test = (open_shards(option, spec, folder) for option, spec in options)
-    return train, test
+    return found if topology.is_main else open_both()
 
 
 class Unreadable(NamedTuple):
