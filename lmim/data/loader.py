@@ -5,15 +5,21 @@ order of `EpochPlan`; step s takes positions [s·G, (s+1)·G), so every sample c
 the ends of epochs, and nothing is dropped or repeated. The invariant: what a step holds is a function of the step
 alone, whatever the ranks, the workers and where the run was resumed; seeking costs nothing.
 
-The stages are webdataset's (`DataPipeline`, `map`, `batched`, `WebLoader`); its shard list and tar reader give way to
-reads by offset, since a sequential reader can neither seek nor split a shard over ranks.
+The stages are joined by webdataset's `DataPipeline`; its shard list and tar reader give way to reads by offset, since a
+sequential reader can neither seek nor split a shard over ranks.
 """
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -225,28 +231,59 @@ def train_batches(config: DataConfig, index: ShardIndex, *, seed: int, size: int
     number, stop = start_step * split.accumulate, total_steps * split.accumulate
     deaths = 0
     while number < stop:
-        batches = iter(_loader(config, index, seed, size, split, topology, number, stop))
-        try:
-            for batch in batches:
-                yield batch
-                number, deaths = number + 1, 0
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):  # else it is an error of ours, raised in a worker
-                raise
-            deaths += 1
+        loader = _loader(config, index, seed, size, split, topology, number, stop)
+        with _started(loader) as (batches, workers):
+            try:
+                for batch in batches:
+                    yield batch
+                    number, deaths = number + 1, 0
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: batches that the dead had not handed over
+                if not _one_died(workers):
+                    raise
+                deaths += 1
+                words = " ".join(str(error).split())
+        if number < stop:
             if deaths > RESTARTS:
-                raise DataError(f"loader workers died {deaths} times in a row ({error}): is the host out of memory? "
-                                "set data.workers lower") from error  # fmt: skip
-            logger.warning("a loader worker died and is replaced: %s", " ".join(str(error).split()))
-            del batches  # ends the other workers
+                raise DataError(f"loader workers died {deaths} times in a row ({words}): is the host out of memory? "
+                                "set data.workers lower")  # fmt: skip
+            logger.warning("a loader worker died and is replaced: %s", words)
+
+
+@contextmanager
+def _started(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Iterator[Batch], set[BaseProcess]]]:
+    """Start a loader's workers, and end them for certain: they ignore the signal that torch would end them with.
+
+    A worker's death is noticed where its batch is waited for. Torch's own handler of SIGCHLD would raise in the middle
+    of a step.
+    """
+    before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    workers = set(multiprocessing.active_children()) - before
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield batches, workers
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def _one_died(workers: set[BaseProcess]) -> bool:
+    """Tell whether a worker ended by a signal or an error; its broken connections may be seen a moment before that."""
+    deadline = time.monotonic() + 1.0
+    while not any(worker.exitcode for worker in workers):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _loader(config: DataConfig, index: ShardIndex, seed: int, size: int, split: Split, topology: Topology, start: int,
-            stop: int) -> wds.WebLoader:  # fmt: skip
+            stop: int) -> torch.utils.data.DataLoader:  # fmt: skip
     workers = min(default_workers(topology) if config.workers is None else config.workers, stop - start)
     fetch = Fetch(open_stream(config, index, seed), ShardReader(index), split.micro_batch)
     decode = Decode(open_stream(config, index, seed), ShardReader(index), config, seed, size)
-    return wds.WebLoader(
+    return torch.utils.data.DataLoader(
         wds.DataPipeline(MicroBatches(split, topology.rank, start, stop), fetch, wds.map(decode)),
         batch_size=None,
         num_workers=workers,
