@@ -24,7 +24,7 @@ from torch import Tensor
 from lmim.config import Config, ConfigError, DataConfig, Split
 from lmim.data.datasets import open_source
 from lmim.data.shards import EpochPlan, ShardIndex, ShardReader, write_shards
-from lmim.data.transforms import ImageError, decode_rgb, eval_view, train_view
+from lmim.data.transforms import DECODERS, ImageError, eval_view, train_view
 from lmim.dist import Topology, available_cores, barrier, ignore_stop_signals
 from lmim.randomness import sample_key
 
@@ -121,13 +121,13 @@ class Crops:
         position = wanted["position"]
         for epoch, sample_id in self.stream.samples(position, position + SUBSTITUTES):
             sample = self.reader.read(sample_id)
+            key = sample_key(self.stream.seed, epoch, sample_id)
             try:
-                image = decode_rgb(sample.image)
+                crop = train_view(sample.image, self.size, self.config.crop_scale, self.config.crop_ratio,
+                                  self.config.flip, key, decoder=DECODERS[0])  # fmt: skip
             except ImageError as error:
                 skipped.append(f"{sample.key}.{sample.suffix}: {error}")
                 continue
-            key = sample_key(self.stream.seed, epoch, sample_id)
-            crop = train_view(image, self.size, self.config.crop_scale, self.config.crop_ratio, self.config.flip, key)
             return dict(image=crop, key=key, sample_id=sample_id, skipped=skipped)
         raise ConfigError(f"data.train: {SUBSTITUTES} samples in a row cannot be read, the first is {skipped[0]}")
 
@@ -182,7 +182,7 @@ class EvalImages(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         sample = self.reader.read(int(self.sample_ids[i]))
         try:
-            view = eval_view(decode_rgb(sample.image), self.resize, self.crop)
+            view = eval_view(sample.image, self.resize, self.crop)
         except ImageError as error:
             logger.warning("skipped %s.%s: %s", sample.key, sample.suffix, error)
             return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), UNREADABLE
