@@ -34,7 +34,7 @@ from lmim.data.plan import Stream
 from lmim.data.sharding import write_shards
 from lmim.data.shards import INDEX, Sample, ShardIndex, ShardReader
 from lmim.data.storage import Damaged
-from lmim.data.transforms import ImageError, decode_rgb, eval_view, train_view
+from lmim.data.transforms import ImageError, eval_view, train_view
 from lmim.dist import Topology, available_cores, barrier, ignore_stop_signals
 from lmim.randomness import sample_key
 
@@ -183,9 +183,8 @@ class Decode:
             return str(sample)
         config = self.config
         try:
-            out[:] = train_view(
-                decode_rgb(sample.image), self.size, config.crop_scale, config.crop_ratio, config.flip, key
-            )
+            train_view(sample.image, self.size, config.crop_scale, config.crop_ratio, config.flip, key,
+                       decoder=config.decoder, out=out)  # fmt: skip
         except ImageError as error:
             return f"{sample.key}.{sample.suffix}: {error}"
         return ""
@@ -321,7 +320,7 @@ class EvalImages(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         try:
             sample = self.reader.read(int(self.sample_ids[i]))
-            view = eval_view(decode_rgb(sample.image), self.resize, self.crop)
+            view = eval_view(sample.image, self.resize, self.crop)
         except (Damaged, ImageError) as error:
             logger.warning("skipped sample %d: %s", self.sample_ids[i], error)
             return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), UNREADABLE
