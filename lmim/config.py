@@ -87,7 +87,7 @@ class DataConfig:
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # share of the image's area
     crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])
     flip: bool = True
-    decoder: str = "turbo"  # of training views: turbo (libjpeg-turbo), or pillow (4 times slower)
+    decoder: str = "turbo"  # turbo (libjpeg-turbo), pillow (4 times slower), or nvjpeg (on the GPU)
     weights: list[float] = field(default_factory=list)  # how often each of several sources is drawn; empty: by size
     block_shards: int = 64  # shards whose samples are shuffled together
     lanes: int = 1  # parts of the data read side by side; with as many as hosts, each reads its own shards only
@@ -167,7 +167,7 @@ CHOICES = {
     "objective.loss": ("infonce", "norm_l2", "mse", "l1", "smooth_l1", "cosine"),
     "objective.target_input": ("masked", "all"),
     "objective.gap_jitter": ("released", "full"),
-    "data.decoder": ("turbo", "pillow"),
+    "data.decoder": ("turbo", "pillow", "nvjpeg"),
     "data.tail": ("carry", "drop", "repeat"),
     "precision.compute": ("bf16", "fp32"),
     "precision.reduce": ("fp32", "bf16"),

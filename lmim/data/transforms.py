@@ -232,6 +232,12 @@ def _turbo_header(data: bytes) -> tuple[int, int, str] | None:
     return (height, width, TURBO_COLOURS[stored]) if stored in TURBO_COLOURS else None
 
 
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Return the height and width of a JPEG in grey or YCbCr, None for any other file; `ImageError` beyond the limit."""
+    header = _turbo_header(data)
+    return None if header is None else header[:2]
+
+
 def _turbo_decode(data: bytes, colours: str, height: int, width: int, factor: int) -> np.ndarray | None:
     """Decode a JPEG at 1/factor of its size, rounded up; None for what Pillow may know how to decode."""
     at_least = {} if factor == 1 else dict(min_height=-(-height // factor), min_width=-(-width // factor))
