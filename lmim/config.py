@@ -93,6 +93,11 @@ class DataConfig:
     lanes: int = 1  # parts of the data read side by side; with as many as hosts, each reads its own shards only
     tail: str = "carry"  # images of an epoch that fill no batch: carry (go on in the next), drop, or repeat some more
     max_bad_fraction: float = 0.01  # a run stops when a larger share of the images cannot be read
+    cache: str = ""  # folder for copies of remote shards; empty: images are read one by one from where they are
+    cache_gb: float = 100.0  # most that it holds; two blocks of shards per lane that this host reads should fit
+    timeout_s: float = 30.0  # of remote places: to connect, and between two packets
+    retry_minutes: float = 10.0  # how long a remote place that fails is tried again before the run ends
+    allow_pipe: bool = False  # run the commands of `pipe:` addresses in a shell
     workers: Optional[int] = None  # loader processes per rank; empty: from the number of cores
 
 
@@ -160,7 +165,8 @@ class Config:
 # What a resumed run may change: where things lie and how the work is split, not what is computed. The data's identity
 # is its shards' checksum, kept by the checkpoint, not its path.
 NEUTRAL = ("run.folder", "run.name", "data.train", "data.eval", "data.micro_batch", "data.workers", "data.crop_size",
-           "data.max_bad_fraction", "parallel.", "log.", "eval.", "checkpoint.")  # fmt: skip
+           "data.max_bad_fraction", "data.cache", "data.cache_gb", "data.timeout_s", "data.retry_minutes",
+           "data.allow_pipe", "parallel.", "log.", "eval.", "checkpoint.")  # fmt: skip
 
 CHOICES = {
     "model.variant": tuple(VARIANTS),
@@ -178,7 +184,8 @@ CHOICES = {
 POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_size", "model.grid_size",
             "model.mlp_ratio", "model.projector_dim", "model.decoder_dim", "model.decoder_depth",
             "model.decoder_num_heads", "objective.temperature", "objective.num_visible", "data.global_batch",
-            "data.micro_batch", "data.block_shards", "data.weights", "data.lanes", "optim.base_lr", "optim.eps",
+            "data.micro_batch", "data.block_shards", "data.weights", "data.lanes", "data.cache_gb",
+            "data.timeout_s", "data.retry_minutes", "optim.base_lr", "optim.eps",
             "parallel.timeout_minutes",
             "eval.resize", "eval.batch", "eval.k", "eval.temperature", "checkpoint.keep")  # fmt: skip
 NOT_NEGATIVE = ("run.seed", "model.patch_gap", "model.projector_depth", "objective.similarity_weight", "data.workers",

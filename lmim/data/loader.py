@@ -29,12 +29,13 @@ import webdataset as wds
 from torch import Tensor
 
 from lmim.config import Config, ConfigError, DataConfig, Split
+from lmim.data.cache import ReadAhead, ShardCache, Wanted
 from lmim.data.datasets import open_source
 from lmim.data.nvjpeg import Undecoded, decode_views, undecoded
 from lmim.data.plan import Stream
 from lmim.data.sharding import write_shards
 from lmim.data.shards import INDEX, Sample, ShardIndex, ShardReader
-from lmim.data.storage import Damaged
+from lmim.data.storage import Damaged, Storage, StorageOptions, is_remote
 from lmim.data.transforms import ImageError, eval_view, train_view
 from lmim.dist import Topology, available_cores, barrier, ignore_stop_signals
 from lmim.randomness import sample_key
@@ -50,7 +51,13 @@ class DataError(RuntimeError):
     """The training data cannot be read any further; the message says why and what to do."""
 
 
-def open_shards(option: str, spec: str | list[str], run_folder: Path, max_bad_fraction: float = 0.0) -> ShardIndex | None:
+def open_storage(config: DataConfig) -> Storage:
+    """Return what reads shards as `data` says."""
+    return Storage(StorageOptions(config.timeout_s, 60 * config.retry_minutes, config.allow_pipe))
+
+
+def open_shards(option: str, spec: str | list[str], run_folder: Path, storage: Storage | None = None,
+                max_bad_fraction: float = 0.0) -> ShardIndex | None:  # fmt: skip
     """Open the shards that an option names, several as one data set, None if it is empty; complaints name the option.
 
     "embedded:train" and "embedded:eval" are sharded into the run folder at first use, by one rank. For
@@ -59,8 +66,12 @@ def open_shards(option: str, spec: str | list[str], run_folder: Path, max_bad_fr
     if not spec:
         return None
     specs = spec if isinstance(spec, list) else [spec]
-    indexes = [ShardIndex.open(_sharded(one, run_folder), option=option, max_bad_fraction=max_bad_fraction)
-               for one in specs]  # fmt: skip
+    indexes = [
+        ShardIndex.open(
+            _sharded(one, run_folder), option=option, storage=storage, max_bad_fraction=max_bad_fraction
+        )
+        for one in specs
+    ]
     return ShardIndex.join(indexes, option)
 
 
@@ -76,10 +87,18 @@ def _sharded(spec: str, run_folder: Path) -> str:
 def open_data(config: Config, topology: Topology) -> tuple[ShardIndex | None, ShardIndex | None]:
     """Open `data.train` and `data.eval` on every rank; embedded images are sharded by the first."""
     folder, data = Path(config.run.folder), config.data
+    storage = open_storage(data)
 
     def open_both() -> tuple[ShardIndex | None, ShardIndex | None]:
-        train = open_shards("data.train", data.train, folder, data.max_bad_fraction)
-        return train, open_shards("data.eval", data.eval, folder)
+        train = open_shards("data.train", data.train, folder, storage, data.max_bad_fraction)
+        test = open_shards("data.eval", data.eval, folder, storage)
+        if data.cache:
+            cache = ShardCache(Path(data.cache), int(data.cache_gb * 1e9), storage)
+            storage.cached = cache.path
+            for index in (train, test):
+                if index is not None:
+                    index.cache = cache
+        return train, test
 
     found = open_both() if topology.is_main else (None, None)
     barrier()
@@ -139,21 +158,36 @@ class MicroBatches(torch.utils.data.IterableDataset):
 
 
 class Fetch:
-    """Reads the bytes of each micro-batch while the one before is decoded."""
+    """Reads the bytes of each micro-batch while the one before is decoded, and has whole shards brought to the cache.
+
+    Only once the first batch is there: what a run waits for when it starts is not behind what it will need later.
+    """
 
     def __init__(self, stream: Stream, reader: ShardReader, micro_batch: int):
         self.stream, self.reader, self.micro_batch = stream, reader, micro_batch
 
     def __call__(self, starts: Iterator[int]) -> Iterator[Fetched]:
+        cache = self.reader.index.cache
+        read_ahead = None if cache is None else ReadAhead(cache)
         with ThreadPoolExecutor(1) as pool:
             ahead = None
             for start in starts:
                 following = pool.submit(self.fetch, start)
                 if ahead is not None:
-                    yield ahead.result()
+                    fetched = ahead.result()
+                    if read_ahead is not None:
+                        read_ahead.want(self.needed(fetched.start))
+                    yield fetched
                 ahead = following
             if ahead is not None:
                 yield ahead.result()
+
+    def needed(self, start: int) -> list[Wanted]:
+        """Return the shards of the blocks that micro-batch `start` lies in, and of those that come after them."""
+        later = start + self.stream.block_samples
+        numbers = [n for p in (start, later) for n in self.stream.shards(p, p + self.micro_batch)]
+        wanted = (self.reader.index.wanted(number) for number in dict.fromkeys(numbers))
+        return [shard for shard in wanted if is_remote(shard.url)]
 
     def fetch(self, start: int) -> Fetched:
         epochs, ids = self.stream.at(start, start + self.micro_batch)
@@ -350,12 +384,16 @@ class EvalImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+    def __getitems__(self, places: list[int]) -> list[tuple[Tensor, int]]:
+        return [self._view(i, sample) for i, sample in zip(places, self.reader.read_many(self.sample_ids[places]))]
+
+    def _view(self, place: int, sample: Sample | Damaged) -> tuple[Tensor, int]:
         try:
-            sample = self.reader.read(int(self.sample_ids[i]))
+            if isinstance(sample, Damaged):
+                raise sample
             view = eval_view(sample.image, self.resize, self.crop)
         except (Damaged, ImageError) as error:
-            logger.warning("skipped sample %d: %s", self.sample_ids[i], error)
+            logger.warning("skipped sample %d: %s", self.sample_ids[place], error)
             return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), UNREADABLE
         return torch.from_numpy(view).permute(2, 0, 1), -1 if sample.label is None else sample.label
 
