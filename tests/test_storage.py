@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import multiprocessing
@@ -215,13 +214,9 @@ def cache_of(folder: Path, limit_bytes: int = 10**9) -> ShardCache:
 
 
 def kept_bytes(folder: Path) -> int:
-    sizes = 0
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # else one that makes room and one that takes it would both be counted
-        for path in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # a copy that was finished got its name
-                sizes += path.stat().st_size
-    return sizes
+        return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def test_ranges_come_from_the_copy_once_it_is_here(server, files, tmp_path):

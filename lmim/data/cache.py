@@ -69,7 +69,8 @@ class ShardCache:
                 return False
             try:
                 self._copy(shard, part)
-                os.replace(part, place)
+                with _locked(self.folder / LOCK, wait=True):  # else one that counts might see neither name
+                    os.replace(part, place)
             finally:
                 part.unlink(missing_ok=True)
         return True
@@ -81,11 +82,8 @@ class ShardCache:
         """Make an empty file of `size` bytes, for which room is made, or return False."""
         with _locked(self.folder / LOCK, wait=True):
             shards, taken = [], 0
-            for path in self.folder.iterdir():
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
-                    continue
+            for path in [*self.folder.glob("*.tar"), *self.folder.glob("*" + PART)]:
+                status = path.stat()
                 if path.suffix == PART and path != part and not _is_locked(path.with_suffix(LOCK)):
                     path.unlink(missing_ok=True)  # of a process that was killed
                     continue
