@@ -17,7 +17,7 @@ LEVELS = {
     "patches": 1, "schedules": 1, "optim": 1, "dist": 1,
     "vit": 1.5,
     "objective": 2, "convert": 2, "data.transforms": 2,
-    "metrics": 2.2, "checkpoint": 2.2, "data.datasets": 2.2, "data.plan": 2.2, "data.nvjpeg": 2.2,
+    "metrics": 2.2, "checkpoint": 2.2, "data.datasets": 2.2, "data.plan": 2.2, "data.nvjpeg": 2.2, "data.memory": 2.2,
     "data.storage": 2.25, "data.cache": 2.3,
     "data.shards": 2.4,
     "data.sharding": 2.6,
