@@ -176,10 +176,9 @@ class Fetch:
             for start in starts:
                 following = pool.submit(self.fetch, start)
                 if ahead is not None:
-                    fetched = ahead.result()
+                    yield (fetched := ahead.result())
                     if read_ahead is not None:
                         read_ahead.want(self.needed(fetched.start))
-                    yield fetched
                 ahead = following
             if ahead is not None:
                 yield ahead.result()
