@@ -118,16 +118,12 @@ class Batch(NamedTuple):
     """One micro-batch: crops (B, 3, S, S) uint8 in channels-last memory, keys and sample ids (B,) int64.
 
     `skipped` are the samples that could not be read; others stand in their places, with the keys of those places.
-    `undecoded` are JPEGs that the device is to decode to their places; position `start` of the stream is the first.
     """
-
-    start: int
 
     images: Tensor
     keys: Tensor
     sample_ids: Tensor
     skipped: list[Unreadable]
-    undecoded: list[Undecoded]
 
 
 class Fetched(NamedTuple):
@@ -137,6 +133,20 @@ class Fetched(NamedTuple):
     epochs: np.ndarray
     sample_ids: np.ndarray
     samples: list[Sample | Damaged]
+
+
+class Filled(NamedTuple):
+    """What a worker hands over: a batch from position `start` on, its crops in shared memory where there is a slot.
+
+    Arrays, since every tensor that is sent between processes costs a connection. `undecoded` are left to the device.
+    """
+
+    start: int
+    images: Slot | Tensor
+    keys: np.ndarray
+    sample_ids: np.ndarray
+    skipped: list[Unreadable]
+    undecoded: list[Undecoded]
 
 
 class MicroBatches(torch.utils.data.IterableDataset):
@@ -206,27 +216,22 @@ class Decode:
         self.stream, self.reader, self.config, self.seed, self.size = stream, reader, config, seed, size
         self.memory: BatchMemory | None = None  # where there are workers
 
-    def __call__(self, fetched: Fetched) -> Batch:
+    def __call__(self, fetched: Fetched) -> Filled:
         worker = torch.utils.data.get_worker_info()
         slot = self.memory.take(worker.id) if worker and self.memory else None
-        if slot is None:
-            return self.fill(fetched, np.empty((len(fetched.samples), self.size, self.size, 3), np.uint8))
-        return self.fill(fetched, self.memory.array(slot))._replace(images=slot)
-
-    def fill(self, fetched: Fetched, images: np.ndarray) -> Batch:
-        """Write the crops to `images` (B, S, S, 3)."""
+        shape = (len(fetched.samples), self.size, self.size, 3)
+        crops = np.empty(shape, np.uint8) if slot is None else self.memory.array(slot)
+        images = torch.from_numpy(crops).permute(0, 3, 1, 2) if slot is None else slot
         keys = sample_key(self.seed, fetched.epochs, fetched.sample_ids)
-        ids = fetched.sample_ids.copy()
-        channels_last = torch.from_numpy(images).permute(0, 3, 1, 2)
-        batch = Batch(fetched.start, channels_last, torch.from_numpy(keys), torch.from_numpy(ids), [], [])
+        filled = Filled(fetched.start, images, keys, fetched.sample_ids.copy(), [], [])
         for i, sample in enumerate(fetched.samples):
             jpeg = self._for_device(sample, i, int(keys[i]))
-            reason = "" if jpeg else self._crop(sample, int(keys[i]), images[i])
+            reason = "" if jpeg else self._crop(sample, int(keys[i]), crops[i])
             if jpeg:
-                batch.undecoded.append(jpeg)
+                filled.undecoded.append(jpeg)
             if reason:
-                self.substitute(batch, i, reason, images[i])
-        return batch
+                self.substitute(filled, i, reason, crops[i])
+        return filled
 
     def _for_device(self, sample: Sample | Damaged, place: int, key: int) -> Undecoded | None:
         if self.config.decoder != "nvjpeg" or isinstance(sample, Damaged):
@@ -248,26 +253,47 @@ class Decode:
             return f"{sample.key}.{sample.suffix}: {error}"
         return ""
 
-    def substitute(self, batch: Batch, place: int, reason: str, out: np.ndarray) -> None:
+    def substitute(self, filled: Filled, place: int, reason: str, out: np.ndarray) -> None:
         """Put the next sample that can be read in a place of the batch, and its crop in `out`."""
-        missing = Unreadable(int(batch.sample_ids[place]), reason)
-        position = batch.start + place + 1
+        missing = Unreadable(int(filled.sample_ids[place]), reason)
+        position = filled.start + place + 1
         for sample_id in self.stream.at(position, position + SUBSTITUTES)[1]:
-            if not self._crop(self.reader.read_many(np.array([sample_id]))[0], int(batch.keys[place]), out):
-                batch.sample_ids[place] = int(sample_id)
-                batch.skipped.append(missing)
+            if not self._crop(self.reader.read_many(np.array([sample_id]))[0], int(filled.keys[place]), out):
+                filled.sample_ids[place] = int(sample_id)
+                filled.skipped.append(missing)
                 return
         raise DataError(f"data.train: {SUBSTITUTES} images in a row cannot be read, the first is {reason}")
 
-    def finish(self, batch: Batch) -> Batch:
-        """Decode on the batch's device what was left to it; the rule for what cannot be read is the same."""
-        if not batch.undecoded:
-            return batch
-        for place in decode_views(batch.images, batch.undecoded):
-            out = np.empty((self.size, self.size, 3), np.uint8)
-            self.substitute(batch, place, f"sample {batch.sample_ids[place]}: broken JPEG", out)
-            batch.images[place] = torch.from_numpy(out).permute(2, 0, 1).to(batch.images.device)
-        return batch._replace(undecoded=[])
+
+class Receive:
+    """Takes what workers hand over to the device, and decodes there what was left to it.
+
+    Copies to a GPU have a CUDA stream of their own, so that they run beside the step before.
+    """
+
+    def __init__(self, decode: Decode, device: torch.device):
+        self.decode, self.device = decode, device
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, filled: Filled) -> Batch:
+        images = filled.images.tensor() if isinstance(filled.images, Slot) else filled.images
+        keys = torch.from_numpy(filled.keys)
+        if self.side is not None:
+            images, keys = self._moved(images, keys.pin_memory())
+        for place in decode_views(images, filled.undecoded):
+            out = np.empty((self.decode.size, self.decode.size, 3), np.uint8)
+            self.decode.substitute(filled, place, f"sample {filled.sample_ids[place]}: broken JPEG", out)
+            images[place] = torch.from_numpy(out).permute(2, 0, 1).to(self.device)
+        return Batch(images, keys, torch.from_numpy(filled.sample_ids), filled.skipped)
+
+    def _moved(self, *tensors: Tensor) -> list[Tensor]:
+        with torch.cuda.stream(self.side):
+            moved = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.side)
+        for tensor in moved:
+            tensor.record_stream(current)  # else its memory could be given away while the step reads it
+        return moved
 
 
 def default_workers(topology: Topology) -> int:
@@ -295,16 +321,13 @@ def train_batches(config: DataConfig, index: ShardIndex, *, seed: int, size: int
     assert split.world_size * split.micro_batch * split.accumulate == config.global_batch
     number, stop = start_step * split.accumulate, total_steps * split.accumulate
     decode = Decode(open_stream(config, index, seed), ShardReader(index), config, seed, size)
-    to_device, deaths = ToDevice(topology.device), 0
+    receive, deaths = Receive(decode, topology.device), 0
     while number < stop:
         loader = _loader(config, index, seed, decode, split, topology, number, stop)
         with _started(loader) as (batches, workers):
             try:
-                for batch in batches:
-                    if isinstance(batch.images, Slot):
-                        batch = batch._replace(images=batch.images.tensor())
-                    yield decode.finish(to_device(batch))
-                    del batch  # so that its memory is free for the next
+                for filled in batches:
+                    yield receive(filled)
                     number, deaths = number + 1, 0
             except (RuntimeError, OSError, EOFError) as error:  # the last two: batches that the dead had not handed over
                 if not _one_died(workers):
@@ -319,7 +342,7 @@ def train_batches(config: DataConfig, index: ShardIndex, *, seed: int, size: int
 
 
 @contextmanager
-def _started(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Iterator[Batch], set[BaseProcess]]]:
+def _started(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Iterator[Filled], set[BaseProcess]]]:
     """Start a loader's workers, and end them for certain: they ignore the signal that torch would end them with.
 
     A worker's death is noticed where its batch is waited for. Torch's own handler of SIGCHLD would raise in the middle
@@ -347,6 +370,10 @@ def _one_died(workers: set[BaseProcess]) -> bool:
     return True
 
 
+def _as_it_is(filled: Filled) -> Filled:
+    return filled
+
+
 def _loader(config: DataConfig, index: ShardIndex, seed: int, decode: Decode, split: Split, topology: Topology,
             start: int, stop: int) -> torch.utils.data.DataLoader:  # fmt: skip
     workers = min(default_workers(topology) if config.workers is None else config.workers, stop - start)
@@ -356,30 +383,12 @@ def _loader(config: DataConfig, index: ShardIndex, seed: int, decode: Decode, sp
     return torch.utils.data.DataLoader(
         wds.DataPipeline(MicroBatches(split, topology.rank, start, stop), fetch, wds.map(decode)),
         batch_size=None,
+        collate_fn=_as_it_is,  # else arrays become tensors
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=topology.device.type == "cuda",
         prefetch_factor=PREFETCH if workers else None,
     )
-
-
-class ToDevice:
-    """Moves batches to the device, on a CUDA stream of its own so that the copy runs beside the step before."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __call__(self, batch: Batch) -> Batch:
-        if self.side is None:
-            return batch
-        with torch.cuda.stream(self.side):
-            moved = [tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.keys)]
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self.side)
-        for tensor in moved:
-            tensor.record_stream(current)  # else its memory could be given away while the step reads it
-        return batch._replace(images=moved[0], keys=moved[1])
 
 
 class EvalImages(torch.utils.data.Dataset):

@@ -22,9 +22,9 @@ from lmim.randomness import uniform
 
 
 class Undecoded(NamedTuple):
-    """A JPEG file's bytes (N,) uint8, its place in the batch, and the crop: (top, left, height, width), mirrored?"""
+    """A JPEG file's bytes, its place in the batch, and the crop: (top, left, height, width), mirrored?"""
 
-    data: Tensor
+    data: bytes
     place: int
     box: tuple[int, int, int, int]
     mirror: bool
@@ -37,7 +37,7 @@ def undecoded(data: bytes, place: int, config: DataConfig, key: int) -> Undecode
         return None
     box = random_resized_crop_box(size[1], size[0], config.crop_scale, config.crop_ratio, key)
     mirror = config.flip and uniform(key, FLIP, 0) < 0.5
-    return Undecoded(torch.from_numpy(np.frombuffer(data, np.uint8).copy()), place, box, mirror)
+    return Undecoded(data, place, box, mirror)
 
 
 def decode_views(images_BCHW: Tensor, jpegs: list[Undecoded]) -> list[int]:
@@ -46,7 +46,8 @@ def decode_views(images_BCHW: Tensor, jpegs: list[Undecoded]) -> list[int]:
     Returns the places of those that cannot be decoded.
     """
     failed = []
-    for jpeg, pixels_CHW in zip(jpegs, _decode([jpeg.data for jpeg in jpegs], images_BCHW.device), strict=True):
+    data = [torch.from_numpy(np.frombuffer(jpeg.data, np.uint8).copy()) for jpeg in jpegs]
+    for jpeg, pixels_CHW in zip(jpegs, _decode(data, images_BCHW.device), strict=True):
         if pixels_CHW is None:
             failed.append(jpeg.place)
             continue
