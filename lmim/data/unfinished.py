@@ -29,6 +29,7 @@ from lmim.data.shards import FORMAT, INDEX, UNFINISHED, VERSION, Shard, ShardInd
 
 PART = ".part"  # ends the names of files that are being written
 OURS = re.compile(r"shard-\d{6,}\.(tar|npz)(\.part)?")
+WRITE_BUFFER = 1 << 20  # bytes
 LOCK_TIMEOUT_S = 10.0  # a worker whose run was killed ends at its next report, within a second
 MOST_LABELS = 1 << 20  # beyond it the labels of plain tars are taken for ids, of which no histogram is made
 
@@ -138,7 +139,7 @@ def claimed(path: Path) -> Iterator[BinaryIO]:
     part = path.with_name(path.name + PART)
     start = time.monotonic()
     while True:
-        file = open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "wb")
+        file = open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "wb", buffering=WRITE_BUFFER)
         try:
             # a POSIX lock: another run, or a worker that outlived its own, may be writing the same shard
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
