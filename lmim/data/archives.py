@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+import zlib
 from array import array
 from collections.abc import Sequence
 from functools import partial
@@ -115,8 +116,11 @@ class _Columns:
 def _open_class_tars(path: Path) -> Source:
     others = []
     with open(path, "rb") as file:
-        with tarfile.open(fileobj=file, mode="r:") as outer:
-            inner = [(member.name, member.offset_data, member.size) for member in outer if member.isreg()]
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as outer:
+                inner = [(member.name, member.offset_data, member.size) for member in outer if member.isreg()]
+        except tarfile.TarError as error:
+            raise ConfigError(f"{path} is damaged or cut off ({error}): download it again") from error
         tars = sorted((Path(name).stem, offset, size) for name, offset, size in inner if suffix_of(name) == "tar")
         others += [name for name, _, _ in inner if suffix_of(name) != "tar"]
         last = max(offset + size for _, offset, size in tars)
@@ -173,6 +177,6 @@ def _read_devkit(path: Path, option: str) -> tuple[list[str], list[int]]:
         classes = sorted(wnids.values())
         number = {wnid: label for label, wnid in enumerate(classes)}
         return classes, [number[wnids[int(line)]] for line in found[GROUND_TRUTH].split()]
-    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, IndexError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (tarfile.TarError, zlib.error, OSError, EOFError, KeyError, ValueError, IndexError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{path} is no development kit of ImageNet ({reason}): download it again") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import gzip
 import io
+import math
 import struct
 from functools import lru_cache, partial
 from pathlib import Path
@@ -89,7 +90,7 @@ def _open_embedded(spec: str, option: str) -> Source:
     if split not in EMBEDDED_SPLITS:
         raise ConfigError(f"{option} ({spec}) is unknown: the embedded images are embedded:train and embedded:eval")
     images, labels = (EMBEDDED_FOLDER / f"{split}-{kind}.idx.gz" for kind in ("images", "labels"))
-    return _idx_source(spec, split, images, read_idx(labels), FASHION_MNIST_CLASSES)
+    return _idx_source(spec, split, images, read_idx(images).shape, read_idx(labels), FASHION_MNIST_CLASSES)
 
 
 def _open_idx(spec: str, paths: list[Path], option: str) -> Source:
@@ -107,23 +108,21 @@ def _open_idx(spec: str, paths: list[Path], option: str) -> Source:
     if pixels.ndim not in (3, 4) or (labels is not None and labels.shape != pixels.shape[:1]):
         shapes = f"{pixels.shape} images" + ("" if labels is None else f" and {labels.shape} labels")
         raise ConfigError(f"{option} ({spec}) holds {shapes}: wanted (N, height, width[, 3]) and (N,)")
-    classes = None if labels is None else tuple(str(label) for label in range(int(labels.max(initial=-1)) + 1))
-    return _idx_source(spec, images[0].name.partition(".")[0], images[0], labels, classes)
+    classes = None if labels is None else tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
+    return _idx_source(spec, images[0].name.partition(".")[0], images[0], pixels.shape, labels, classes)
 
 
-def _idx_source(spec: str, stem: str, path: Path, labels: np.ndarray | None,
+def _idx_source(spec: str, stem: str, path: Path, shape: tuple[int, ...], labels: np.ndarray | None,
                 classes: tuple[str, ...] | None) -> Source:  # fmt: skip
-    pixels = read_idx(path)
-    size = int(np.prod(pixels.shape[1:]))
+    size = math.prod(shape[1:])
 
     def image(i: int) -> SourceImage:
         label = None if labels is None else int(labels[i])
         return SourceImage(f"{stem}-{i:05d}", "png", label, f"{spec}/{i:05d}", partial(_idx_png, path, i), size)
 
-    return Source(spec, classes, Images(len(pixels), image))
+    return Source(spec, classes, Images(shape[0], image))
 
 
-@lru_cache(maxsize=4)
 def read_idx(path: Path) -> np.ndarray:
     """Return the uint8 array of an IDX file (the format of MNIST), gzip'd or not; ValueError where it is none."""
     data = path.read_bytes()
@@ -136,7 +135,10 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
+_idx_in_use = lru_cache(maxsize=1)(read_idx)
+
+
 def _idx_png(path: Path, i: int) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(read_idx(path)[i]).save(out, "PNG")
+    Image.fromarray(_idx_in_use(path)[i]).save(out, "PNG")
     return out.getvalue()
