@@ -125,6 +125,9 @@ def _verify_shard(index: ShardIndex, decode: int, number: int, report: Report) -
     try:
         with open(path, "rb") as file:
             table = scan_tar(path, file)
+            if expected is not None:  # an index of existing tars leaves out their broken images
+                listed = np.isin(table.offsets, expected.offsets)
+                table = ShardTable(*(column[listed] for column in table))
             sums, decoded, broken = _read_images(file, table, digest, decode, report)
     except (ConfigError, OSError) as error:
         problems.append(str(error).removeprefix(f"{path} ").removeprefix(f"{path}: "))
@@ -133,10 +136,6 @@ def _verify_shard(index: ShardIndex, decode: int, number: int, report: Report) -
     problems += broken
     if expected is not None:
         problems += _differences(expected, table)
-        if not np.array_equal(np.sort(expected.offsets), expected.offsets):
-            problems.append("side file: its offsets are not in order")
-    if shard.table and shard.samples != len(table.keys) and expected is None:
-        problems.append(f"holds {len(table.keys)} images where its index says {shard.samples}")
     if shard.sha256 is not None and digest.hexdigest() != shard.sha256:
         problems.append("sha256 of the file is not the index's: some of its bytes are not those that were written")
     labels = Counter(table.labels.tolist())
@@ -169,17 +168,13 @@ def _member(table: ShardTable, place: int) -> str:
 
 
 def _differences(expected: ShardTable, found: ShardTable) -> list[str]:
-    """Compare what the side file says with what the tar's headers and bytes do.
-
-    Images that the side file leaves out are no mistake: an index of existing tars names none that are broken.
-    """
+    """Compare what the side file says with what the tar's headers and bytes do."""
     place_of = {offset: place for place, offset in enumerate(found.offsets.tolist())}
     problems: dict[str, list[str]] = {}
     for row, offset in enumerate(expected.offsets.tolist()):
         place = place_of.get(offset)
         if place is None:
-            wrong = f"no image begins at byte {offset}, where the side file has one"
-            problems.setdefault(wrong.replace(str(offset), "N"), []).append(_member(expected, row))
+            problems.setdefault("not where it is in the side file", []).append(_member(expected, row))
             continue
         for column, words in (("keys", "has another key than in the side file"), ("suffixes", "has another suffix"),
                               ("sizes", "has another size than in the side file"),
