@@ -24,6 +24,8 @@ import logging
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from lmim.config import ConfigError
 from lmim.data.datasets import EMBEDDED_SPLITS, expand, open_source
 from lmim.data.pool import WorkerDied
@@ -98,13 +100,14 @@ def run(options: argparse.Namespace) -> None:
     jobs = [(options.src, options.dst)]
     if options.src == "embedded":
         jobs = [(f"embedded:{split}", options.dst / split) for split in EMBEDDED_SPLITS]
-    plans = [
-        (dst, plan_shards(
-            open_source(src, devkit=options.devkit), samples_per_shard=options.samples_per_shard,
-            shard_bytes=options.shard_mb << 20, seed=None if options.no_shuffle else options.seed,
-            short_side=options.short_side, jpeg_quality=options.quality, check=options.check))
-        for src, dst in jobs
-    ]  # fmt: skip
+    with Console(stderr=True).status(f"listing {options.src}"):  # a minute for ImageNet; shown on a terminal only
+        plans = [
+            (dst, plan_shards(
+                open_source(src, devkit=options.devkit), samples_per_shard=options.samples_per_shard,
+                shard_bytes=options.shard_mb << 20, seed=None if options.no_shuffle else options.seed,
+                short_side=options.short_side, jpeg_quality=options.quality, check=options.check))
+            for src, dst in jobs
+        ]  # fmt: skip
     for dst, plan in plans:  # all of them before the first is written
         begin(dst, plan.plan, options.overwrite)
     for dst, plan in plans:
