@@ -36,9 +36,10 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands; the data stream's position follows from the step."""
+    """Where a run stands."""
 
     step: int
+    samples: int  # the cursor: how far the run has come along its stream of samples, over all ranks
     data_fingerprint: str
     micro_batch: int  # images per forward on one rank: the scope of the similarity penalty
 

@@ -78,7 +78,8 @@ class ObjectiveConfig:
 
 @dataclass
 class DataConfig:
-    train: str = "embedded:train"  # folder of tar shards (tools/shard_images.py), or the embedded images
+    # folder or address of tar shards (tools/shard_images.py), a list of several, or the embedded images
+    train: Any = "embedded:train"
     eval: str = "embedded:eval"  # labelled shards for nearest-neighbour accuracy; empty: none
     global_batch: int = 1024  # images per optimizer step over all ranks
     micro_batch: Optional[int] = None  # images per forward on one rank; empty: global_batch / ranks
@@ -86,6 +87,7 @@ class DataConfig:
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # share of the image's area
     crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])
     flip: bool = True
+    decoder: str = "turbo"  # of training views: turbo (libjpeg-turbo), or pillow (4 times slower)
     weights: list[float] = field(default_factory=list)  # how often each of several sources is drawn; empty: by size
     block_shards: int = 64  # shards whose samples are shuffled together
     lanes: int = 1  # parts of the data read side by side; with as many as hosts, each reads its own shards only
@@ -165,6 +167,7 @@ CHOICES = {
     "objective.loss": ("infonce", "norm_l2", "mse", "l1", "smooth_l1", "cosine"),
     "objective.target_input": ("masked", "all"),
     "objective.gap_jitter": ("released", "full"),
+    "data.decoder": ("turbo", "pillow"),
     "data.tail": ("carry", "drop", "repeat"),
     "precision.compute": ("bf16", "fp32"),
     "precision.reduce": ("fp32", "bf16"),
@@ -182,6 +185,7 @@ NOT_NEGATIVE = ("run.seed", "model.patch_gap", "model.projector_depth", "objecti
                 "optim.weight_decay", "optim.clip_norm")  # fmt: skip
 UNIT_INTERVAL = ("objective.momentum", "optim.floor", "data.crop_scale", "data.max_bad_fraction")
 BELOW_ONE = ("model.drop_path", "model.dropout", "optim.betas")
+MAX_SOURCES = 256  # with weights: their turns are counted in 1024ths
 MAX_GRID = 256  # cells a side that `draw_views` can number
 MAX_SEED = 2**63 - 1
 
@@ -375,6 +379,7 @@ def validate(config: Config, world_size: int) -> Split:
         raise ConfigError("run.folder is empty: name the folder that shall hold this run's files")
     _check_ranges(flat)
     _check_model(config)
+    _check_data(config.data)
     for key in ("optim.duration", "optim.warmup", "log.every", "eval.knn_every", "checkpoint.every"):
         total = 0 if key == "optim.duration" else 100
         duration_steps(flat[key], steps_per_epoch=1.0, total_steps=total, key=key)
@@ -441,6 +446,22 @@ def _check_model(config: Config) -> None:
             f"data.crop_size ({config.data.crop_size}) does not fit model.grid_size x (patch_size + patch_gap) = "
             f"{model.grid_size} x ({dims['patch_size']} + {model.patch_gap}) = {needed}: set {needed} or leave it out"
         )
+
+
+def _check_data(data: DataConfig) -> None:
+    several = isinstance(data.train, list)
+    if not (isinstance(data.train, str) or (several and data.train and all(isinstance(x, str) for x in data.train))):
+        raise ConfigError(f"data.train ({data.train}) must be a folder of shards, or a list of such: [one,other]")
+    sources = len(data.train) if several else 1
+    if data.weights and len(data.weights) != sources:
+        raise ConfigError(f"data.weights ({data.weights}) must be one number for each of the {sources} in data.train")
+    if sources > 1 and data.weights and data.tail != "carry":
+        raise ConfigError(f"data.tail ({data.tail}) must be carry where data.weights are given: sources that are drawn "
+                          "at different rates do not end together")  # fmt: skip
+    if len(data.weights) > MAX_SOURCES:
+        raise ConfigError(f"data.weights: {len(data.weights)} sources are more than {MAX_SOURCES}: shard some together")
+    if data.lanes > data.global_batch:
+        raise ConfigError(f"data.lanes ({data.lanes}) must be at most data.global_batch ({data.global_batch})")
 
 
 def _split(config: Config, world_size: int) -> Split:

@@ -27,7 +27,8 @@ from lmim.objective import StepOutput
 from lmim.schedules import Hyper
 
 logger = logging.getLogger(__name__)
-LOG_FILE, EVAL_FILE, TEXT_FILE = "log.jsonl", "eval.jsonl", "train.log"
+LOG_FILE, EVAL_FILE, TEXT_FILE, UNREADABLE_FOLDER = "log.jsonl", "eval.jsonl", "train.log", "unreadable"
+NAMED_IN_LOG = 10  # images that a rank could not read
 
 
 class Meters:
@@ -123,6 +124,22 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+class UnreadableLog:
+    """Names every image that was skipped, in a file of this rank; the first few also in the log."""
+
+    def __init__(self, run_folder: Path, rank: int):
+        self.path, self.images, self.last = run_folder / UNREADABLE_FOLDER / f"rank-{rank:04d}.tsv", 0, ""
+
+    def write(self, step: int, sample_id: int, reason: str) -> None:
+        self.images, self.last = self.images + 1, reason
+        self.path.parent.mkdir(exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(f"{step}\t{sample_id}\t{reason}\n")
+        if self.images <= NAMED_IN_LOG:
+            more = f" (further ones only in {self.path})" if self.images == NAMED_IN_LOG else ""
+            logger.warning("skipped image %d: %s%s", sample_id, reason, more)
 
 
 class ProgressLine:

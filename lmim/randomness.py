@@ -35,6 +35,10 @@ def _multiply32(x: T, factor: int) -> T:
 
 def mix32(x: T) -> T:
     """Return a well-mixed bijection of x, for x in [0, 2**32)."""
+    if type(x) is int:  # no overflow to avoid: 2.5 times as fast, and a crop takes some 30 of these
+        x = (x ^ (x >> 16)) * 0x7FEB352D & MASK32
+        x = (x ^ (x >> 15)) * 0x846CA68B & MASK32
+        return x ^ (x >> 16)
     x = x ^ (x >> 16)
     x = _multiply32(x, 0x7FEB352D)
     x = x ^ (x >> 15)

@@ -29,15 +29,26 @@ from lmim.config import (
     save_config,
     validate,
 )
-from lmim.data.loader import Batch, open_data, train_batches
+from lmim.data.loader import Batch, on_device, open_data, open_stream, train_batches
 from lmim.eval.knn import check_labels, online_accuracy
-from lmim.metrics import EVAL_FILE, LOG_FILE, JsonLines, Meters, ProgressLine, Wandb, read_rows, set_up_logging
+from lmim.metrics import (
+    EVAL_FILE,
+    LOG_FILE,
+    JsonLines,
+    Meters,
+    ProgressLine,
+    UnreadableLog,
+    Wandb,
+    read_rows,
+    set_up_logging,
+)
 from lmim.objective import LatentMIM
 from lmim.parallel import Backend, TrainState, build_backend
 from lmim.schedules import Schedules
 
 logger = logging.getLogger(__name__)
 DONE, STOPPED = 0, 75  # exit codes; 75 asks a scheduler to start the run again (EX_TEMPFAIL of sysexits.h)
+UNREADABLE_JUDGED_AFTER = 1000  # images; a share of fewer says little
 CONFIG_FILE, DONE_FILE, LOCK_FILE = "config.yaml", "done.json", ".lock"
 
 
@@ -48,8 +59,9 @@ class TrainingError(RuntimeError):
 class Plan:
     """What follows from configuration and data: the number of steps, the schedules and when things are due."""
 
-    def __init__(self, config: Config, images: int):
-        self.steps_per_epoch = images / config.data.global_batch
+    def __init__(self, config: Config, epoch_samples: int):
+        self.epoch_samples = epoch_samples
+        self.steps_per_epoch = epoch_samples / config.data.global_batch
         self.total_steps = self.steps(config.optim.duration, "optim.duration")
         optim, objective = config.optim, config.objective
         self.schedules = Schedules(
@@ -93,7 +105,12 @@ class Run:
         self.train_index, self.eval_index = open_data(self.config, self.topology)
         if self.train_index is None:
             raise ConfigError("data.train is empty: give a folder of shards, made by tools/shard_images.py")
-        self.plan = Plan(self.config, len(self.train_index))
+        data = self.config.data
+        stream = open_stream(data, self.train_index, self.config.run.seed)
+        if stream.epoch_samples == 0:
+            raise ConfigError(f"data.tail (drop) leaves nothing of {len(self.train_index)} images, which are less than "
+                              f"data.global_batch ({data.global_batch}): take carry or repeat")  # fmt: skip
+        self.plan = Plan(self.config, stream.epoch_samples)
         if self.eval_index is not None and self.plan.knn_every:
             check_labels(self.eval_index, "data.eval")
 
@@ -129,7 +146,9 @@ class Run:
         return position.step
 
     def open_sinks(self, start: int) -> None:
+        self.start = start
         self.meters = Meters(self.topology, self.config.data.global_batch)
+        self.unreadable = UnreadableLog(self.folder, self.topology.rank)
         self.sinks: list[Any] = []
         self.log = self.evals = self.progress = self.wandb = None
         if self.topology.is_main:
@@ -153,6 +172,19 @@ class Run:
         if bad:
             newest = checkpoint.newest(self.folder) or "none: it came before the first"
             raise TrainingError(f"loss or gradient is not finite at step {bad[0]}; the last checkpoint is {newest}")
+        if rows:
+            self._check_unreadable(rows[-1]["step"] + 1 - self.start, rows[-1]["skipped_images"])
+
+    def _check_unreadable(self, steps: int, skipped: int) -> None:
+        """Stop, on all ranks at once, where too many of the images since the start could not be read."""
+        data, images = self.config.data, steps * self.config.data.global_batch
+        if images >= min(UNREADABLE_JUDGED_AFTER, self.plan.epoch_samples) and skipped > data.max_bad_fraction * images:
+            last = f", such as {self.unreadable.last}" if self.unreadable.last else ""
+            raise TrainingError(
+                f"{skipped} of {images} images could not be read{last}; data.max_bad_fraction allows "
+                f"{data.max_bad_fraction:g}: see {self.unreadable.path.parent} for all, and repair the shards "
+                "(python tools/verify_shards.py), or allow more"
+            )
 
     def evaluate(self, done: int) -> None:
         """Measure leave-one-out accuracy after `done` steps; the row carries the last finished step, −1 before any."""
@@ -177,7 +209,8 @@ class Run:
     def save(self, done: int) -> None:
         state = self.backend.state()
         if self.topology.is_main:
-            position = checkpoint.Position(done, self.train_index.fingerprint, self.split.micro_batch)
+            samples = done * self.config.data.global_batch
+            position = checkpoint.Position(done, samples, self.train_index.fingerprint, self.split.micro_batch)
             path = checkpoint.save(
                 self.folder, position, self.config, state.weights, state.optimizer, self.config.checkpoint.keep
             )
@@ -234,10 +267,10 @@ def train(config: Config | str | Path) -> int:
 def _steps(run: Run, backend: Backend, start: int, stop: dist.StopRequest) -> int:
     """The loop."""
     config, plan, split = run.config, run.plan, run.split
-    batches = train_batches(
+    batches = on_device(train_batches(
         config.data, run.train_index, seed=config.run.seed, size=crop_size(config.model), split=split,
         topology=run.topology, start_step=start, total_steps=plan.total_steps,
-    )  # fmt: skip
+    ), run.topology.device)  # fmt: skip
     run.open_sinks(start)
     try:
         if start == 0 or (plan.due(start, plan.knn_every) and not run.evaluated(start)):
@@ -248,7 +281,7 @@ def _steps(run: Run, backend: Backend, start: int, stop: dist.StopRequest) -> in
             backend.begin_step(hyper)
             outputs = []
             for micro in range(split.accumulate):
-                batch = next_batch(batches, run)
+                batch = next_batch(batches, run, step)
                 outputs.append(
                     backend.forward_backward(batch.images, batch.keys, last_micro=micro == split.accumulate - 1)
                 )
@@ -278,18 +311,15 @@ def _steps(run: Run, backend: Backend, start: int, stop: dist.StopRequest) -> in
         run.close()
 
 
-def next_batch(batches: Iterator[Batch], run: Run) -> Batch:
-    """Return the next micro-batch on the device, counting the wait for it and naming what could not be read."""
+def next_batch(batches: Iterator[Batch], run: Run, step: int) -> Batch:
+    """Return the next micro-batch, on the device, counting the wait for it and naming what could not be read."""
     began = time.perf_counter()
     batch = next(batches)
     run.meters.waited(time.perf_counter() - began)
     run.meters.skipped(len(batch.skipped))
     for skip in batch.skipped:
-        logger.warning("skipped %s", skip.reason)
-    device = run.topology.device
-    return batch._replace(
-        images=batch.images.to(device, non_blocking=True), keys=batch.keys.to(device, non_blocking=True)
-    )
+        run.unreadable.write(step, *skip)
+    return batch
 
 
 def check_run_folder(config: Config) -> None:

@@ -27,7 +27,9 @@ def model() -> LatentMIM:
 def save(folder, model, step, keep=2):
     config = dataclasses.replace(Config(), model=MODEL)
     moments = {"exp_avg/a": torch.full((3,), float(step))}
-    return checkpoint.save(folder, checkpoint.Position(step, "data", 8), config, model.state_dict(), moments, keep)
+    return checkpoint.save(
+        folder, checkpoint.Position(step, 16 * step, "data", 8), config, model.state_dict(), moments, keep
+    )
 
 
 def test_round_trip_and_retention(tmp_path, model):
@@ -36,7 +38,7 @@ def test_round_trip_and_retention(tmp_path, model):
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-00000010", "step-00000015"]
     assert checkpoint.newest(tmp_path) == path
     weights, optimizer = checkpoint.load_weights(path), checkpoint.load_optimizer(path)
-    assert checkpoint.position_of(path) == checkpoint.Position(15, "data", 8)
+    assert checkpoint.position_of(path) == checkpoint.Position(15, 240, "data", 8)
     assert checkpoint.config_of(path).model == MODEL
     assert optimizer["exp_avg/a"].tolist() == [15.0] * 3
     assert weights.keys() == model.state_dict().keys()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lmim.__main__ import main
-from tests.conftest import REPOSITORY, TINY, process_environment, run_training
+from tests.conftest import REPOSITORY, TINY, process_environment, run_training, train_command
 
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
 
@@ -117,9 +117,34 @@ def test_an_unreadable_image_is_counted_named_and_skipped(shards, tmp_path):
     output = run_training(
         shards, run_folder, "optim.duration=1ep", "parallel.backend=local", f"data.train={tmp_path}/train"
     )
-    assert f"skipped {member.name}" in output
+    assert f": {member.name}: its bytes in" in output
     rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["skipped_images"] == 1 and rows[0]["skipped_images"] <= 1
+
+
+def test_too_many_unreadable_images_end_the_run_with_a_clear_line(shards, tmp_path):
+    """One of five shards holds zeros: on two ranks the run stops by itself, and goes on where that is allowed."""
+    import shutil
+
+    shutil.copytree(shards / "train", tmp_path / "train")
+    tar = tmp_path / "train" / "shard-000001.tar"
+    size = tar.stat().st_size
+    tar.write_bytes(bytes(size))
+    settings = ("optim.duration=2ep", f"data.train={tmp_path}/train", "parallel.backend=deepspeed")
+    command = train_command(shards, tmp_path / "run", *settings, ranks=2)
+    done = subprocess.run(command, cwd=REPOSITORY, env=process_environment(), capture_output=True, text=True,
+                          timeout=200)  # fmt: skip
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "images could not be read, such as train-" in line and "data.max_bad_fraction allows 0.01" in line
+    assert "verify_shards.py" in line and str(tmp_path / "run" / "unreadable") in line
+    named = [row.split("\t") for path in (tmp_path / "run" / "unreadable").iterdir()
+             for row in path.read_text().splitlines()]  # fmt: skip
+    bad = {int(sample_id) for _, sample_id, _ in named}
+    assert bad == set(range(64, 128)) and len(named) - len(bad) <= 20  # ten steps of 32 are an epoch and 20
+    run_training(shards, tmp_path / "allowed", *settings, "data.max_bad_fraction=0.5", ranks=2)
+    rows = [json.loads(line) for line in (tmp_path / "allowed" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["skipped_images"] in range(2 * 64, 2 * 64 + 5)  # two epochs, and the start of the third
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])

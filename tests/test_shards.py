@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
@@ -20,7 +19,6 @@ from PIL import Image
 
 from lmim.config import ConfigError
 from lmim.data.datasets import EMBEDDED_FOLDER, FASHION_MNIST_CLASSES, open_source
-from lmim.data.plan import EpochPlan
 from lmim.data.sharding import write_shards
 from lmim.data.shards import Shard, ShardIndex, ShardReader
 from lmim.data.storage import Damaged
@@ -401,76 +399,11 @@ def test_shards_are_not_overwritten_unasked(photos, tmp_path):
     one_line(caught)
 
 
-# --- the epoch plan --------------------------------------------------------------------------------------------------
-
-
-def made_up(*samples: int) -> ShardIndex:
-    return ShardIndex("nowhere", [Shard(f"{n}.tar", count, 0, None, "") for n, count in enumerate(samples)])
-
-
-UNEVEN = made_up(7, 0, 31, 1, 12, 1, 50, 3, 0)
-
-
-@pytest.mark.parametrize("block_shards", [1, 2, 4, 64])
-@pytest.mark.parametrize("piece", [1, 4, 33, 105])
-def test_plan_gives_every_sample_once_however_it_is_sliced(block_shards, piece):
-    whole = EpochPlan(UNEVEN.starts, seed=1, epoch=2, block_shards=block_shards).ids(0, len(UNEVEN))
-    assert sorted(whole.tolist()) == list(range(105)) and whole.dtype == np.int64
-    starts = list(range(0, 105, piece))
-    for order in (starts, starts[::-1]):
-        plan = EpochPlan(UNEVEN.starts, seed=1, epoch=2, block_shards=block_shards)
-        slices = {start: plan.ids(start, min(start + piece, 105)) for start in order}
-        np.testing.assert_array_equal(np.concatenate([slices[start] for start in starts]), whole)
-
-
-def test_plans_differ_between_epochs_and_seeds_and_are_pinned():
-    plans = {(seed, epoch): tuple(EpochPlan(UNEVEN.starts, seed=seed, epoch=epoch, block_shards=2).ids(0, 105))
-             for seed in range(4) for epoch in range(4)}  # fmt: skip
-    assert len(set(plans.values())) == 16
-    # a change of these numbers changes the order of every run that is resumed
-    assert EpochPlan(UNEVEN.starts, seed=0, epoch=0, block_shards=2).ids(0, 6).tolist() == [67, 68, 60, 72, 62, 81]
-
-
-def test_plan_refuses_places_beyond_the_epoch_and_takes_empty_slices():
-    plan = EpochPlan(UNEVEN.starts, seed=0, epoch=0)
-    assert plan.ids(5, 5).tolist() == [] and plan.ids(105, 105).tolist() == []
-    for start, stop in ((0, 106), (-1, 3), (4, 3)):
-        with pytest.raises(IndexError):
-            plan.ids(start, stop)
-
-
-def test_one_block_is_mixed_like_a_full_permutation():
-    ids = EpochPlan(made_up(*[100] * 50).starts, seed=3, epoch=0, block_shards=50).ids(0, 5000)
-    places = np.empty(5000)
-    places[ids] = np.arange(5000)
-    assert abs(np.corrcoef(np.arange(5000), places)[0, 1]) < 0.05  # 1 / sqrt(5000) = 0.014
-    # neighbours in a permutation are on average a third of its length apart, with a deviation of 0.24 / sqrt(5000)
-    assert np.abs(np.diff(ids)).mean() == pytest.approx(5000 / 3, rel=0.05)
-    quarters = np.histogram2d(ids, np.arange(5000), bins=4)[0]
-    assert ((quarters - 312.5) ** 2 / 312.5).sum() < 27.9  # chi-square of 9 degrees of freedom, 0.1 %
-
-
-def test_blocks_touch_few_shards_and_mix_all_of_theirs():
-    index = made_up(*[40] * 33)
-    plan = EpochPlan(index.starts, seed=5, epoch=0, block_shards=8)
-    numbers = index.locate(plan.ids(0, len(index)))[0]
-    bounds = [0, 240, 520, 760, 1040, 1320]  # 33 shards of 40 in five even blocks
-    for begin, end in itertools.pairwise(bounds):
-        assert len(set(numbers[begin:end])) == (end - begin) // 40
-        assert len(set(numbers[begin : begin + 40])) >= 5
-
-
-def test_plan_of_a_billion_samples_starts_at_once():
-    index = made_up(*[10_000] * 100_000)
-    plan = EpochPlan(index.starts, seed=0, epoch=7, block_shards=16)
-    assert len(index) == 1_000_000_000
-    found = plan.ids(999_999_990, 1_000_000_000)
-    assert len(set(found.tolist())) == 10 and sum(len(block) for block in plan._blocks.values()) == 160_000
-
-
 def test_locate_finds_the_shard_and_place_of_each_sample():
-    numbers, places = UNEVEN.locate(np.array([0, 6, 7, 38, 104]))
+    counts = (7, 0, 31, 1, 12, 1, 50, 3, 0)
+    index = ShardIndex("nowhere", [Shard(f"{n}.tar", count, 0, None, "") for n, count in enumerate(counts)])
+    numbers, places = index.locate(np.array([0, 6, 7, 38, 104]))
     assert numbers.tolist() == [0, 0, 2, 3, 7] and places.tolist() == [0, 6, 0, 0, 2]
     for sample_id in (-1, 105):
         with pytest.raises(IndexError):
-            UNEVEN.locate(sample_id)
+            index.locate(sample_id)

@@ -1,20 +1,25 @@
-"""Decoding and views: pixels against torchvision's own transforms, and by hand for every mode of image."""
+"""Decoding and views: pixels against torchvision's own transforms, by hand for every mode; broken files."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
 from torchvision import transforms as tv
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
 from lmim.data.transforms import (
+    DECODERS,
     MAX_PIXELS,
     ImageError,
     decode_rgb,
@@ -43,14 +48,14 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> 
 
 
 @pytest.mark.parametrize("width, height", SIZES)
-def test_train_view_equals_torchvision_resized_crop(width, height):
+def test_pillow_views_equal_torchvision_resized_crop(width, height):
     image = picture(width, height)
     flips = 0
     for key in range(20):
-        top, left, h, w = random_resized_crop_box(width, height, SCALE, RATIO, key)
-        expected = np.asarray(tvf.resized_crop(image, top, left, h, w, [35, 35], InterpolationMode.BICUBIC))
-        np.testing.assert_array_equal(train_view(image, 35, SCALE, RATIO, False, key), expected)
-        flipped = train_view(image, 35, SCALE, RATIO, True, key)
+        expected = torchvision_view(image, 35, key)
+        data = encoded(image)
+        np.testing.assert_array_equal(train_view(data, 35, SCALE, RATIO, False, key, decoder="pillow"), expected)
+        flipped = train_view(data, 35, SCALE, RATIO, True, key, decoder="pillow")
         flips += not np.array_equal(flipped, expected)
         assert np.array_equal(flipped, expected) or np.array_equal(flipped, expected[:, ::-1])
     assert 0 < flips < 20
@@ -61,7 +66,125 @@ def test_train_view_equals_torchvision_resized_crop(width, height):
 def test_eval_view_equals_torchvision(width, height, resize, crop):
     image = picture(width, height)
     expected = tv.Compose([tv.Resize(resize, InterpolationMode.BICUBIC), tv.CenterCrop(crop)])(image)
-    np.testing.assert_array_equal(eval_view(image, resize, crop), np.asarray(expected))
+    np.testing.assert_array_equal(eval_view(encoded(image), resize, crop), np.asarray(expected))
+
+
+ENCODINGS = {
+    "JPEG 4:2:0": lambda image: encoded(image, "JPEG", quality=94, subsampling="4:2:0"),
+    "JPEG 4:2:2": lambda image: encoded(image, "JPEG", quality=94, subsampling="4:2:2"),
+    "JPEG 4:4:4": lambda image: encoded(image, "JPEG", quality=94, subsampling="4:4:4"),
+    "JPEG stored as RGB": lambda image: encoded(image, "JPEG", quality=94, keep_rgb=True),
+    "JPEG grey": lambda image: encoded(image.convert("L"), "JPEG", quality=94),
+    "JPEG progressive": lambda image: encoded(image, "JPEG", progressive=True),
+    "JPEG with restarts": lambda image: encoded(image, "JPEG", restart_marker_blocks=2),
+    "JPEG CMYK": lambda image: encoded(image.convert("CMYK"), "JPEG", quality=94),
+    "JPEG on its side": lambda image: encoded(image, "JPEG", exif=on_its_side()),
+    "PNG": encoded,
+    "PNG grey": lambda image: encoded(image.convert("L")),
+    "PNG palette": lambda image: encoded(image.quantize(32)),
+    "WebP": lambda image: encoded(image, "WEBP", quality=90),
+}
+
+
+def on_its_side() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return exif
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """Waves of several lengths in each channel and a hard edge, as photos have them."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / 9 + c) + np.cos(y / (5 + c)) + np.sin((x + 2 * y) / 40) for c in range(3)]
+    pixels = np.stack(waves, axis=-1) * 40 + 128
+    pixels[height // 3 : height // 2, width // 4 : width // 2] = (250, 10, 60)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def stripes(width: int, height: int) -> Image.Image:
+    """Lines three px apart: the worst that was found for the order of passes and for scaled decoding."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, ::3] = 255
+    pixels[::5] = 128
+    return Image.fromarray(pixels)
+
+
+def torchvision_view(image: Image.Image, size: int, key: int) -> np.ndarray:
+    top, left, h, w = random_resized_crop_box(*image.size, SCALE, RATIO, key)
+    view = tvf.resized_crop(image.convert("RGB"), top, left, h, w, [size, size], InterpolationMode.BICUBIC)
+    return np.asarray(view).astype(np.int64)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_turbo_views_lie_within_two_grey_levels_of_torchvision(encoding):
+    sizes = [*SIZES, (1, 40), (40, 1), (17, 31), (5, 7), (1, 1)]
+    sources = [(make(w, h), size) for make in (smooth, picture, stripes) for w, h in sizes for size in (64, 35)]
+    for source, size in [*sources, (smooth(500, 375), 280), (stripes(500, 375), 280), (picture(900, 700), 120)]:
+        data = ENCODINGS[encoding](source)
+        for key in range(3):
+            difference = np.abs(train_view(data, size, SCALE, RATIO, False, key, decoder="turbo")
+                                - torchvision_view(Image.open(io.BytesIO(data)), size, key))  # fmt: skip
+            assert difference.max() <= 2 and difference.mean() < 0.05, (source.size, size, key)
+
+
+@pytest.mark.parametrize("encoding", ["JPEG 4:2:0", "JPEG grey", "JPEG CMYK", "WebP"])
+def test_turbo_flips_what_pillow_flips(encoding):
+    data = ENCODINGS[encoding](smooth(90, 70))
+    for key in range(12):
+        views = [train_view(data, 35, SCALE, RATIO, True, key, decoder=name).astype(np.int64) for name in DECODERS]
+        assert np.abs(views[0] - views[1]).max() <= 2
+
+
+@pytest.mark.parametrize("encoding", ["JPEG 4:2:0", "JPEG 4:4:4", "JPEG grey", "JPEG progressive"])
+@pytest.mark.parametrize("make", [smooth, picture, stripes])
+@pytest.mark.parametrize("width, height, size, factor", [(1501, 1103, 64, 2), (1501, 1103, 64, 4), (3000, 2000, 64, 8)])
+def test_scaled_decoding_lies_within_two_grey_levels(encoding, make, width, height, size, factor, monkeypatch):
+    data = ENCODINGS[encoding](make(width, height))
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    shapes = []
+    decode = simplejpeg.decode_jpeg
+
+    def recorded(*args, **options):
+        shapes.append((pixels := decode(*args, **options)).shape)
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", recorded)
+    found = 0
+    for key in range(40):
+        view = train_view(data, size, SCALE, RATIO, False, key, decoder="turbo")
+        if shapes[-1][:2] == (-(-height // factor), -(-width // factor)):
+            assert np.abs(view - torchvision_view(image, size, key)).mean() < 2, key
+            found += 1
+            if found == 3:
+                return
+    raise AssertionError(f"{found} crops were decoded at 1/{factor}")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("encoding", ["JPEG 4:2:0", "JPEG grey", "JPEG CMYK", "PNG"])
+def test_views_are_written_into_their_slot_of_the_batch(decoder, encoding):
+    data = ENCODINGS[encoding](smooth(90, 70))
+    for key in range(6):  # some are mirrored
+        batch = np.full((3, 24, 24, 3), 77, np.uint8)
+        view = train_view(data, 24, SCALE, RATIO, True, key, decoder=decoder, out=batch[1])
+        assert np.shares_memory(view, batch)
+        np.testing.assert_array_equal(batch[1], train_view(data, 24, SCALE, RATIO, True, key, decoder=decoder))
+        assert (batch[0] == 77).all() and (batch[2] == 77).all()
+
+
+@pytest.mark.parametrize(
+    "width, height, key, box",
+    [
+        (500, 375, 0, (97, 74, 223, 293)),
+        (500, 375, 1, (21, 60, 349, 304)),
+        (28, 28, 12345, (4, 2, 19, 22)),
+        (60, 400, 4294967295, (160, 0, 80, 60)),
+        (3000, 2000, 987654321, (461, 1413, 1522, 1477)),
+    ],
+)
+def test_crop_boxes_of_a_key_never_change(width, height, key, box):
+    assert random_resized_crop_box(width, height, SCALE, RATIO, key) == box
 
 
 @pytest.mark.parametrize(
@@ -89,7 +212,8 @@ def test_crop_falls_back_to_the_centre_as_torchvision_does(width, height):
 
 def test_half_of_the_views_are_flipped_independently_of_the_crop():
     image = Image.fromarray(np.tile(np.arange(0, 200, 5, dtype=np.uint8)[:, None], (1, 40)).T.copy()).convert("RGB")
-    views = [train_view(image, 8, SCALE, RATIO, True, key) for key in range(2000)]
+    data = encoded(image)
+    views = [train_view(data, 8, SCALE, RATIO, True, key, decoder="turbo") for key in range(2000)]
     flipped = np.array([int(view[0, 0, 0]) > int(view[0, -1, 0]) for view in views])  # it brightens to the right
     left = np.array([random_resized_crop_box(40, 40, SCALE, RATIO, key)[1] for key in range(2000)])
     assert abs(flipped.mean() - 0.5) < 0.04
@@ -186,19 +310,64 @@ def test_what_is_no_sound_image_raises_one_line_with_the_reason(data, reason):
     with pytest.raises(ImageError, match=reason) as caught:
         decode_rgb(data)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ImageError) as caught:
+        train_view(data, 8, SCALE, RATIO, True, 0, decoder="turbo")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_jpeg_beyond_the_pixel_limit_is_refused_by_its_header():
+    data = bytearray(encoded(picture(60, 50), "JPEG"))
+    place = data.index(bytes.fromhex("ffc0")) + 5  # the frame's height, then its width
+    data[place : place + 4] = struct.pack(">HH", 30_000, 30_000)
+    for decoder in DECODERS:
+        with pytest.raises(ImageError, match=r"30000 x 30000 px|decompression bomb"):
+            train_view(bytes(data), 8, SCALE, RATIO, True, 0, decoder=decoder)
+
+
+FUZZED = ["JPEG 4:2:0", "JPEG grey", "JPEG progressive", "JPEG CMYK", "JPEG on its side", "JPEG with restarts", "PNG",
+          "PNG palette", "WebP"]  # fmt: skip
+FILES = [ENCODINGS[name](picture(24, 20)) for name in FUZZED]
+FILES += [encoded(picture(24, 20), name) for name in ("BMP", "TIFF", "GIF", "PPM")]
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of broken TIFF tags
-def test_damaged_files_raise_nothing_but_image_errors():
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_damaged_files_raise_nothing_but_image_errors(decoder):
     rng = np.random.default_rng(0)
-    whole = [encoded(picture(24, 20), name) for name in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")]
     refused = 0
-    for trial in range(700):
-        data = bytearray(whole[trial % len(whole)])
-        for place in rng.integers(0, min(len(data), 300), size=3):
+    for trial in range(200 * len(FILES)):
+        data = bytearray(FILES[trial % len(FILES)])
+        for place in rng.integers(0, min(len(data), (300, 10_000)[trial % 2]), size=3):
             data[place] = rng.integers(256)
         try:
-            decode_rgb(bytes(data))
-        except ImageError:
+            train_view(bytes(data), 16, SCALE, RATIO, True, trial, decoder=decoder)
+        except ImageError as error:
+            assert "\n" not in str(error)
             refused += 1
-    assert refused > 100
+    assert refused > 500
+
+
+@settings(max_examples=300, deadline=None)
+@given(head=st.sampled_from(FILES), cut=st.integers(0, 5000), tail=st.binary(max_size=64))
+@pytest.mark.filterwarnings("ignore")
+def test_cut_files_with_a_strange_tail_raise_nothing_but_image_errors(head, cut, tail):
+    for decoder in DECODERS:
+        with suppress(ImageError):
+            train_view(head[:cut] + tail, 16, SCALE, RATIO, True, 0, decoder=decoder)
+
+
+@pytest.mark.parametrize("encoding", ["JPEG 4:2:0", "JPEG grey", "JPEG progressive", "JPEG with restarts"])
+def test_turbo_refuses_every_cut_jpeg(encoding):
+    data = ENCODINGS[encoding](picture(64, 48))
+    for length in range(0, len(data) - 2, max(len(data) // 97, 1)):
+        with pytest.raises(ImageError):
+            train_view(data[:length], 16, SCALE, RATIO, True, 0, decoder="turbo")
+
+
+def test_turbo_refuses_corrupt_scans_that_pillow_guesses_at():
+    data = ENCODINGS["JPEG 4:2:0"](picture(64, 48))
+    middle = len(data) // 2
+    corrupt = data[:middle] + data[middle + 40 :]
+    decode_rgb(corrupt)
+    with pytest.raises(ImageError, match="Corrupt JPEG data"):
+        train_view(corrupt, 16, SCALE, RATIO, True, 0, decoder="turbo")

@@ -5,15 +5,21 @@ order of `EpochPlan`; step s takes positions [s·G, (s+1)·G), so every sample c
 the ends of epochs, and nothing is dropped or repeated. The invariant: what a step holds is a function of the step
 alone, whatever the ranks, the workers and where the run was resumed; seeking costs nothing.
 
-The stages are webdataset's (`DataPipeline`, `map`, `batched`, `WebLoader`); its shard list and tar reader give way to
-reads by offset, since a sequential reader can neither seek nor split a shard over ranks.
+The stages are joined by webdataset's `DataPipeline`; its shard list and tar reader give way to reads by offset, since a
+sequential reader can neither seek nor split a shard over ranks.
 """
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +32,9 @@ from lmim.config import Config, ConfigError, DataConfig, Split
 from lmim.data.datasets import open_source
 from lmim.data.plan import Stream
 from lmim.data.sharding import write_shards
-from lmim.data.shards import Sample, ShardIndex, ShardReader
+from lmim.data.shards import INDEX, Sample, ShardIndex, ShardReader
 from lmim.data.storage import Damaged
-from lmim.data.transforms import ImageError, decode_rgb, eval_view, train_view
+from lmim.data.transforms import ImageError, eval_view, train_view
 from lmim.dist import Topology, available_cores, barrier, ignore_stop_signals
 from lmim.randomness import sample_key
 
@@ -43,31 +49,40 @@ class DataError(RuntimeError):
     """The training data cannot be read any further; the message says why and what to do."""
 
 
-def open_shards(option: str, spec: str, run_folder: Path) -> ShardIndex | None:
-    """Open the folder of shards that an option names, None if it is empty; complaints name the option.
+def open_shards(option: str, spec: str | list[str], run_folder: Path, max_bad_fraction: float = 0.0) -> ShardIndex | None:
+    """Open the shards that an option names, several as one data set, None if it is empty; complaints name the option.
 
-    "embedded:train" and "embedded:eval" are sharded into the run folder at first use, by one rank.
+    "embedded:train" and "embedded:eval" are sharded into the run folder at first use, by one rank. For
+    `max_bad_fraction` see `ShardIndex.open`.
     """
     if not spec:
         return None
+    specs = spec if isinstance(spec, list) else [spec]
+    indexes = [ShardIndex.open(_sharded(one, run_folder), option=option, max_bad_fraction=max_bad_fraction)
+               for one in specs]  # fmt: skip
+    return ShardIndex.join(indexes, option)
+
+
+def _sharded(spec: str, run_folder: Path) -> str:
     if spec not in EMBEDDED:
-        return ShardIndex.open(Path(spec), option=option)
+        return spec
     folder = run_folder / "shards" / spec.partition(":")[2]
-    if not (folder / "index.json").is_file():
+    if not (folder / INDEX).is_file():
         write_shards(open_source(spec), folder, overwrite=True)
-    return ShardIndex.open(folder, option=option)
+    return str(folder)
 
 
 def open_data(config: Config, topology: Topology) -> tuple[ShardIndex | None, ShardIndex | None]:
     """Open `data.train` and `data.eval` on every rank; embedded images are sharded by the first."""
-    folder = Path(config.run.folder)
-    options = (("data.train", config.data.train), ("data.eval", config.data.eval))
-    if topology.is_main:
-        for option, spec in options:
-            open_shards(option, spec, folder)
+    folder, data = Path(config.run.folder), config.data
+
+    def open_both() -> tuple[ShardIndex | None, ShardIndex | None]:
+        train = open_shards("data.train", data.train, folder, data.max_bad_fraction)
+        return train, open_shards("data.eval", data.eval, folder)
+
+    found = open_both() if topology.is_main else (None, None)
     barrier()
-    train, test = (open_shards(option, spec, folder) for option, spec in options)
-    return train, test
+    return found if topology.is_main else open_both()
 
 
 class Unreadable(NamedTuple):
@@ -168,9 +183,8 @@ class Decode:
             return str(sample)
         config = self.config
         try:
-            out[:] = train_view(
-                decode_rgb(sample.image), self.size, config.crop_scale, config.crop_ratio, config.flip, key
-            )
+            train_view(sample.image, self.size, config.crop_scale, config.crop_ratio, config.flip, key,
+                       decoder=config.decoder, out=out)  # fmt: skip
         except ImageError as error:
             return f"{sample.key}.{sample.suffix}: {error}"
         return ""
@@ -216,28 +230,59 @@ def train_batches(config: DataConfig, index: ShardIndex, *, seed: int, size: int
     number, stop = start_step * split.accumulate, total_steps * split.accumulate
     deaths = 0
     while number < stop:
-        batches = iter(_loader(config, index, seed, size, split, topology, number, stop))
-        try:
-            for batch in batches:
-                yield batch
-                number, deaths = number + 1, 0
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):  # else it is an error of ours, raised in a worker
-                raise
-            deaths += 1
+        loader = _loader(config, index, seed, size, split, topology, number, stop)
+        with _started(loader) as (batches, workers):
+            try:
+                for batch in batches:
+                    yield batch
+                    number, deaths = number + 1, 0
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: batches that the dead had not handed over
+                if not _one_died(workers):
+                    raise
+                deaths += 1
+                words = " ".join(str(error).split())
+        if number < stop:
             if deaths > RESTARTS:
-                raise DataError(f"loader workers died {deaths} times in a row ({error}): is the host out of memory? "
-                                "set data.workers lower") from error  # fmt: skip
-            logger.warning("a loader worker died and is replaced: %s", " ".join(str(error).split()))
-            del batches  # ends the other workers
+                raise DataError(f"loader workers died {deaths} times in a row ({words}): is the host out of memory? "
+                                "set data.workers lower")  # fmt: skip
+            logger.warning("a loader worker died and is replaced: %s", words)
+
+
+@contextmanager
+def _started(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Iterator[Batch], set[BaseProcess]]]:
+    """Start a loader's workers, and end them for certain: they ignore the signal that torch would end them with.
+
+    A worker's death is noticed where its batch is waited for. Torch's own handler of SIGCHLD would raise in the middle
+    of a step.
+    """
+    before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    workers = set(multiprocessing.active_children()) - before
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield batches, workers
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def _one_died(workers: set[BaseProcess]) -> bool:
+    """Tell whether a worker ended by a signal or an error; its broken connections may be seen a moment before that."""
+    deadline = time.monotonic() + 1.0
+    while not any(worker.exitcode for worker in workers):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _loader(config: DataConfig, index: ShardIndex, seed: int, size: int, split: Split, topology: Topology, start: int,
-            stop: int) -> wds.WebLoader:  # fmt: skip
+            stop: int) -> torch.utils.data.DataLoader:  # fmt: skip
     workers = min(default_workers(topology) if config.workers is None else config.workers, stop - start)
     fetch = Fetch(open_stream(config, index, seed), ShardReader(index), split.micro_batch)
     decode = Decode(open_stream(config, index, seed), ShardReader(index), config, seed, size)
-    return wds.WebLoader(
+    return torch.utils.data.DataLoader(
         wds.DataPipeline(MicroBatches(split, topology.rank, start, stop), fetch, wds.map(decode)),
         batch_size=None,
         num_workers=workers,
@@ -275,7 +320,7 @@ class EvalImages(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         try:
             sample = self.reader.read(int(self.sample_ids[i]))
-            view = eval_view(decode_rgb(sample.image), self.resize, self.crop)
+            view = eval_view(sample.image, self.resize, self.crop)
         except (Damaged, ImageError) as error:
             logger.warning("skipped sample %d: %s", self.sample_ids[i], error)
             return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), UNREADABLE

@@ -201,7 +201,7 @@ class Stream:
 
     def _places(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return which source each position [start, stop) takes, and its position in that source's own stream."""
-        sources, places = [], []
+        sources, places = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for period in range(start // PERIOD, -(-stop // PERIOD)):
             source, rank = self._patterns.get_or_make(period, self._pattern)
             here = slice(max(start - period * PERIOD, 0), stop - period * PERIOD)

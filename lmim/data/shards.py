@@ -103,12 +103,13 @@ class ShardIndex:
 
     def __init__(self, folder: str | Path, shards: Sequence[Shard], *, classes: Sequence[str] | None = None,
                  skipped: Sequence[Skipped] = (), parts: Sequence[int] = (0,),
-                 tables: dict[int, ShardTable] | None = None, storage: Storage | None = None):  # fmt: skip
+                 tables: dict[int, ShardTable] | None = None, storage: Storage | None = None,
+                 labelled: bool = True):  # fmt: skip
         self.folder = str(folder)
         self.shards = tuple(shards)
         self.classes = None if classes is None else tuple(classes)
         self.skipped = tuple(skipped)
-        self.parts = tuple(parts)
+        self.parts, self.labelled = tuple(parts), labelled
         self.starts = np.cumsum([0, *(shard.samples for shard in self.shards)])  # (shards + 1,): first sample ids
         self.storage = storage or Storage()
         self._scanned = tables or {}
@@ -153,15 +154,15 @@ class ShardIndex:
         first, *others = indexes
         if not others:
             return first
-        if any(index.classes != first.classes for index in others):
-            logger.info("%s: the sources' classes differ, so their labels are not used", option)
+        same = all(index.classes == first.classes for index in others)
+        if not same:
+            logger.info("%s: the classes of its sources differ, so their labels are not used", option)
         shards = [shard._replace(name=index.url(n), table=_join(index.folder, shard.table))
                   for index in indexes for n, shard in enumerate(index.shards)]  # fmt: skip
         parts = np.cumsum([0, *(len(index.shards) for index in indexes)]).tolist()
         tables = {begin + n: table for begin, index in zip(parts, indexes) for n, table in index._scanned.items()}
-        same = all(index.classes == first.classes for index in others)
         return ShardIndex(", ".join(index.folder for index in indexes), shards, parts=parts[:-1], tables=tables,
-                          classes=first.classes if same else None, storage=first.storage,
+                          classes=first.classes if same else None, labelled=same, storage=first.storage,
                           skipped=[skip for index in indexes for skip in index.skipped])  # fmt: skip
 
     def __len__(self) -> int:
@@ -184,6 +185,8 @@ class ShardIndex:
 
     def labels(self) -> np.ndarray:
         """Return the label of every sample (N,) int64, −1 where there is none."""
+        if not self.labelled:
+            return np.full(len(self), -1)
         tables = [self.table(number).labels for number in range(len(self.shards))]
         return np.concatenate(tables) if tables else np.empty(0, np.int64)
 

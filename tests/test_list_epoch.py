@@ -1,0 +1,61 @@
+"""`tools/list_epoch.py`: what it prints is what the tars hold, once, on any ranks and workers, from any cursor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import webdataset as wds
+
+from lmim.data.transforms import CROP, FLIP
+from lmim.patches import MASK
+from lmim.randomness import draw, sample_key
+from tests.conftest import REPOSITORY
+
+
+def list_epoch(*words: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/list_epoch.py", *map(str, words)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def rows(*words: object) -> list[dict]:
+    done = list_epoch(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_an_epoch_is_every_image_once_on_any_ranks_and_workers(shards):
+    paths = [str(path) for path in sorted((shards / "train").glob("*.tar"))]
+    keys = [sample["__key__"] for sample in wds.WebDataset(paths, shardshuffle=False)]
+    first = rows(shards / "train", "--batch", 24, "--epoch", 1)
+    assert [keys[row["sample_id"]] for row in first] == [row["key"] for row in first]
+    assert sorted(row["key"] for row in first) == sorted(keys)
+    for row in first[:5]:
+        key = sample_key(0, 1, row["sample_id"])
+        assert [row["crop"], row["flip"], row["mask"]] == [draw(key, use, 0) for use in (CROP, FLIP, MASK)]
+    assert [row["step"] for row in first] == [(300 + i) // 24 for i in range(300)]
+    again = rows(shards / "train", "--batch", 24, "--epoch", 1, "--ranks", 4, "--workers", 2)
+    assert [{**row, "rank": 0} for row in again] == first
+    assert [row["rank"] for row in again[12:36]] == [i // 6 for i in range(24)]  # step 13 begins at place 12
+    rest = rows(shards / "train", "--batch", 24, "--epoch", 1, "--ranks", 3, "--from", 500)
+    assert [{**row, "rank": 0} for row in rest] == first[200:]
+
+
+def test_a_table_for_people_and_one_line_for_mistakes(shards):
+    done = list_epoch(shards / "eval", "--batch", 20)
+    lines = done.stdout.splitlines()
+    assert lines[0].split("\t") == ["step", "rank", "sample_id", "key", "crop", "flip", "mask"] and len(lines) == 101
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["--batch", 10, "--ranks", 3], "--batch (10) must be a multiple of --ranks (3), both above 0"),
+        (["--epoch", 2, "--from", 5], "--from (5) is not in epoch 2, which is [200, 300)"),
+    ],
+)
+def test_mistakes_get_one_line(shards, words, text):
+    done = list_epoch(shards / "eval", *words)
+    assert done.returncode == 2 and done.stderr == f"list_epoch: {text}\n"
