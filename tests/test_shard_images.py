@@ -104,6 +104,8 @@ def test_user_mistakes_end_with_one_line_and_exit_code_2(tmp_path, capsys):
         ([tmp_path / "empty", tmp_path / "new"], "holds no images"),
         (["embedded:test", tmp_path / "new"], "embedded:train and embedded:eval"),
         ([images, dst], "--overwrite"),
+        ([images, images / "shards"], "lies in SRC"),
+        ([tmp_path / "empty", tmp_path / "new", "--index-only"], "holds no tars"),
         ([images, dst, "--overwrite", "--samples-per-shard", 0], "samples_per_shard (0) must be at least 1"),
     ):
         capsys.readouterr()

@@ -331,6 +331,20 @@ def test_index_only_names_tars_where_they_are(tmp_path, unbroken):
     assert (index.table(0).checksums >= 0).all()
 
 
+def test_tars_are_indexed_in_their_own_folder_and_none_is_removed(tmp_path, unbroken):
+    write_shards(source(), tmp_path, samples_per_shard=PER_SHARD)
+    before = contents(tmp_path)
+    for path in (*tmp_path.glob("*.npz"), tmp_path / "index.json"):
+        path.unlink()
+    tars = sorted(tmp_path.glob("*.tar"))
+    for overwrite in (False, True):
+        index = index_tars(tars, tmp_path, overwrite=overwrite)
+        assert [shard.name for shard in index.shards] == [tar.name for tar in tars]
+        assert {name: data for name, data in contents(tmp_path).items() if not name.endswith(".json")} == {
+            name: data for name, data in before.items() if not name.endswith(".json")
+        }
+
+
 # --- progress --------------------------------------------------------------------------------------------------------
 
 

@@ -100,6 +100,8 @@ def run(options: argparse.Namespace) -> None:
     jobs = [(options.src, options.dst)]
     if options.src == "embedded":
         jobs = [(f"embedded:{split}", options.dst / split) for split in EMBEDDED_SPLITS]
+    if Path(options.src).is_dir() and Path(options.src).resolve() in Path(options.dst).resolve().parents:
+        raise ConfigError(f"DST ({options.dst}) lies in SRC: choose a folder elsewhere")
     with Console(stderr=True).status(f"listing {options.src}"):  # a minute for ImageNet; shown on a terminal only
         plans = [
             (dst, plan_shards(

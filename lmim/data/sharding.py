@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -156,7 +157,7 @@ def run_plan(plan: ShardPlan, folder: str | Path, *, overwrite: bool = False, wo
     def task(number: int) -> tuple[int, Sequence[SourceImage]]:
         return number, [source.images[i] for i in order[bounds[number] : bounds[number + 1]].tolist()]
 
-    work = partial(_write_shard, plan.plan.options, Path(folder))
+    work = partial(_write_shard, plan.plan.identity, plan.plan.options, Path(folder))
     sizes = [(count, 0) for count in np.diff(bounds).tolist()]
     return _run(plan.plan, Path(folder), task, work, sizes, overwrite, workers, part, progress)
 
@@ -166,15 +167,18 @@ def index_tars(paths: Sequence[str | Path], folder: str | Path, *, check: str = 
                progress: Callable[[Done], None] | None = None) -> ShardIndex | None:  # fmt: skip
     """Write the index of tars that stay where they are into a folder and return it; see `write_shards`.
 
-    Broken images are left out of the index. The shards are named by their whole paths.
+    Broken images are left out of the index. The shards are named by their whole paths, but those that lie in the folder
+    by their names.
     """
+    if not paths:
+        raise ConfigError("SRC holds no tars: give a folder, a glob or a brace range of them")
     if check not in CHECKS:
         raise ConfigError(f"check ({check}) must be one of {', '.join(CHECKS)}")
     tars = [str(Path(path).absolute()) for path in paths]
     sizes = [(0, Path(tar).stat().st_size) for tar in tars]
     listing = hashlib.sha256("".join(f"{tar}\0{size}\n" for tar, (_, size) in zip(tars, sizes, strict=True)).encode()).hexdigest()
     plan = Plan(f"{len(tars)} tars", dict(index_only=True, check=check), listing, len(tars), 0, None, ())
-    work = partial(_index_tar, check, Path(folder))
+    work = partial(_index_tar, plan.identity, check, Path(folder))
     return _run(plan, Path(folder), lambda n: (n, tars[n]), work, sizes, overwrite, workers, part, progress)
 
 
@@ -187,7 +191,7 @@ def _run(plan: Plan, folder: Path, task: Callable[[int], Any], work: Callable[[A
     if begin(folder, plan, overwrite):
         return ShardIndex.open(folder, option="DST")
     mine = range(part[0] - 1, plan.shards, part[1])
-    waiting = [number for number in mine if read_record(folder, number) is None]
+    waiting = [number for number in mine if read_record(folder, number, plan.identity) is None]
     images_total, bytes_total = (sum(sizes[number][k] for number in mine) for k in range(2))
     images, size_bytes = (total - sum(sizes[number][k] for number in waiting)
                           for k, total in enumerate((images_total, bytes_total)))  # fmt: skip
@@ -230,7 +234,7 @@ class _Rows:
             np.savez_compressed(file, **arrays)
 
 
-def _write_shard(options: dict[str, Any], folder: Path, task: tuple[int, Sequence[SourceImage]],
+def _write_shard(identity: str, options: dict[str, Any], folder: Path, task: tuple[int, Sequence[SourceImage]],
                  report: Report) -> int:  # fmt: skip
     """Write one tar, its table and its record into the folder of unfinished files, and return its number."""
     number, images = task
@@ -250,21 +254,20 @@ def _write_shard(options: dict[str, Any], folder: Path, task: tuple[int, Sequenc
             else:
                 header = _tar_header(f"{image.key}.{suffix}", len(data))
                 rows.add(image.key, suffix, at + len(header), data, image.label, size)
-                pieces = [header, data, _padding(len(data))]
-                if image.label is not None:
-                    text = str(image.label).encode()
-                    pieces += [_tar_header(f"{image.key}.cls", len(text)), text, _padding(len(text))]
-                members = b"".join(pieces)
-                file.write(members)
-                digest.update(members)
-                at += len(members)
+                label = b"" if image.label is None else str(image.label).encode()
+                label_header = _tar_header(f"{image.key}.cls", len(label)) if label else b""
+                rest = b"".join((_padding(len(data)), label_header, label, _padding(len(label))))
+                for piece in (header, data, rest):
+                    file.write(piece)
+                    digest.update(piece)
+                    at += len(piece)
             report(1, read_bytes)
         end = bytes(2 * BLOCK + -(at + 2 * BLOCK) % TAR_RECORD)
         file.write(end)
         digest.update(end)
     rows.save(work / f"{name}.npz")
     shard = Shard(f"{name}.tar", len(rows.rows), at + len(end), digest.hexdigest(), f"{name}.npz")
-    write_record(work, number, Record(shard, len(images), skipped))
+    write_record(work, number, Record(identity, shard, len(images), skipped))
     return number
 
 
@@ -292,26 +295,27 @@ def _padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-def _index_tar(check: str, folder: Path, task: tuple[int, str], report: Report) -> int:
+def _index_tar(identity: str, check: str, folder: Path, task: tuple[int, str], report: Report) -> int:
     """Write the table and the record of a tar that stays where it is, and return its number."""
     number, path = task
     work, name = folder / UNFINISHED, shard_name(number)
     rows, skipped, digest = _Rows(), [], hashlib.sha256()
     with open(path, "rb") as file:
         table = scan_tar(path, file)
-        for place, data in read_through(file, table, digest, report):
-            key = bytes(table.keys[place]).decode(errors="surrogateescape")
-            suffix, label = bytes(table.suffixes[place]).decode(), int(table.labels[place])
+        for row, data in read_through(file, table, digest, report):
+            key = bytes(table.keys[row]).decode(errors="surrogateescape")
+            suffix, label = bytes(table.suffixes[row]).decode(), int(table.labels[row])
             try:
                 size = look_at(data, decode=check == "decode")[1]
             except ImageError as error:
                 skipped.append(Skipped(f"{path}: {key}.{suffix}", str(error)))
             else:
-                rows.add(key, suffix, int(table.offsets[place]), data, label, size)
+                rows.add(key, suffix, int(table.offsets[row]), data, label, size)
         size_bytes = file.tell()
     rows.save(work / f"{name}.npz")
-    shard = Shard(path, len(rows.rows), size_bytes, digest.hexdigest(), f"{name}.npz")
-    write_record(work, number, Record(shard, len(table.keys), skipped))
+    place = os.path.basename(path) if os.path.dirname(path) == str(folder.absolute()) else path
+    shard = Shard(place, len(rows.rows), size_bytes, digest.hexdigest(), f"{name}.npz")
+    write_record(work, number, Record(identity, shard, len(table.keys), skipped))
     return number
 
 

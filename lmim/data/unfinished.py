@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,8 +55,9 @@ class Plan:
 
 
 class Record(NamedTuple):
-    """A finished shard: what it holds, how many images were to be in it, and those that are not."""
+    """A finished shard: its plan's identity, what it holds, how many images were to be in it, and those that are not."""
 
+    plan: str
     shard: Shard
     images: int
     skipped: list[Skipped]
@@ -66,9 +68,9 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file that is never seen half-written."""
-    part = path.with_name(path.name + PART)
+def write_whole(path: Path, text: str, work: Path) -> None:
+    """Write a small file that is never seen half-written, through one in the folder of unfinished files."""
+    part = work / f"{path.name}.{uuid.uuid4().hex}{PART}"  # other parts may write the same file
     part.write_text(text, encoding="ascii")
     os.replace(part, path)
 
@@ -93,11 +95,13 @@ def begin(folder: Path, plan: Plan, overwrite: bool) -> bool:
                           "use the same again to go on, choose another folder, or --overwrite it")  # fmt: skip
     if (folder / INDEX).exists() and not overwrite and _finished_plan(folder / INDEX) == plan.identity:
         return True
-    if not overwrite and ((folder / INDEX).exists() or any(folder.glob("*.tar"))):
+    holds_tars = "index_only" not in plan.options and any(folder.glob("*.tar"))
+    if not overwrite and ((folder / INDEX).exists() or holds_tars):
         raise ConfigError(f"DST ({folder}) holds shards already: choose another folder, or --overwrite them")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    write_whole(work / "plan.json", json.dumps(asdict(plan)))
+    if old is not None:
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)  # another part may have made it
+    write_whole(work / "plan.json", json.dumps(asdict(plan)), work)
     return False
 
 
@@ -163,16 +167,19 @@ def claimed(path: Path) -> Iterator[BinaryIO]:
 
 def write_record(work: Path, number: int, record: Record) -> None:
     """Note that a shard is finished."""
-    content = {"shard": record.shard._asdict(), "images": record.images, "skipped": record.skipped}
-    write_whole(work / (shard_name(number) + ".json"), json.dumps(content))
+    content = record._replace(shard=record.shard._asdict())._asdict()
+    write_whole(work / (shard_name(number) + ".json"), json.dumps(content), work)
 
 
-def read_record(folder: Path, number: int) -> Record | None:
-    """Return the record of a shard that is finished and there, else None."""
+def read_record(folder: Path, number: int, identity: str) -> Record | None:
+    """Return the record of a shard of the plan that is finished and there, else None."""
     work = folder / UNFINISHED
     try:
         content = json.loads((work / (shard_name(number) + ".json")).read_bytes())
-        record = Record(Shard(**content["shard"]), content["images"], [Skipped(*skip) for skip in content["skipped"]])
+        record = Record(content["plan"], Shard(**content["shard"]), content["images"],
+                        [Skipped(*skip) for skip in content["skipped"]])  # fmt: skip
+        if record.plan != identity:
+            return None
         for name, size in ((record.shard.name, record.shard.bytes), (record.shard.table, None)):
             path = work / name if (work / name).exists() else folder / name  # there where naming was cut short
             if path.stat().st_size != (size or path.stat().st_size):
@@ -201,7 +208,8 @@ def finish(folder: Path) -> ShardIndex | int:
         if not (work / "plan.json").exists():
             return ShardIndex.open(folder)
         plan = _read_plan(work)
-        records = [record for number in range(plan.shards) if (record := read_record(folder, number)) is not None]
+        found = [read_record(folder, number, plan.identity) for number in range(plan.shards)]
+        records = [record for record in found if record is not None]
         if len(records) < plan.shards:
             return plan.shards - len(records)
         skipped = [*plan.skipped, *(skip for record in records for skip in record.skipped)]
@@ -228,12 +236,13 @@ def _wait_for(file: BinaryIO) -> None:
 def _name_files(folder: Path, shards: Sequence[Shard]) -> None:
     """Put the finished files in place of what the folder held, which is no data set until the index is written."""
     (folder / INDEX).unlink(missing_ok=True)
-    names = {name for shard in shards for name in (shard.table, shard.name)}
+    names = [name for shard in shards for name in (shard.table, shard.name)]
     for name in names:
-        if (folder / UNFINISHED / name).exists() and not os.path.isabs(name):
+        if not os.path.isabs(name) and (folder / UNFINISHED / name).exists():
             os.replace(folder / UNFINISHED / name, folder / name)
+    kept = {os.path.realpath(folder / name) for name in names}  # indexed tars may lie here, under such names
     for path in list(folder.iterdir()):
-        if OURS.fullmatch(path.name) and path.name not in names:
+        if OURS.fullmatch(path.name) and os.path.realpath(path) not in kept:
             path.unlink()
 
 
@@ -260,7 +269,7 @@ def _write_index(index: ShardIndex, identity: str) -> None:
         "shards": [shard._asdict() for shard in index.shards],
         "skipped": [skipped._asdict() for skipped in index.skipped],
     }
-    write_whole(Path(index.folder, INDEX), _dump(content))
+    write_whole(Path(index.folder, INDEX), _dump(content), Path(index.folder, UNFINISHED))
 
 
 def _spread(counts: Counter[int]) -> dict[str, int]:
