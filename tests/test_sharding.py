@@ -214,6 +214,17 @@ def test_parts_at_the_same_time(unbroken, tmp_path):
     assert contents(tmp_path) == unbroken
 
 
+def test_the_same_run_twice_at_a_time_is_refused(unbroken, tmp_path):
+    pid = in_its_own_group(partial(write_shards, source(0.02), tmp_path, samples_per_shard=PER_SHARD, workers=2))
+    while not list(tmp_path.glob("unfinished/*.npz")):
+        time.sleep(0.01)
+    with pytest.raises(ConfigError, match=r"is being written by a run that is going on.*--part") as caught:
+        write_shards(source(), tmp_path, samples_per_shard=PER_SHARD)
+    one_line(caught)
+    os.waitpid(pid, 0)
+    assert contents(tmp_path) == unbroken
+
+
 def test_parts_of_several_folders_are_merged_by_hand(unbroken, tmp_path):
     for i in (1, 2):
         write_shards(source(), tmp_path / str(i), samples_per_shard=PER_SHARD, part=(i, 2))

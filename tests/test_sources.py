@@ -215,7 +215,7 @@ def test_parquet_in_the_layout_of_hugging_face(tmp_path):
         assert source.classes == ("cat", "dog", "elk") and len(source.images) == 23
         assert [image.read() for image in source.images] == images
         assert [image.label for image in source.images] == labels
-    index = write_shards(source, tmp_path / "shards", samples_per_shard=6)
+    index = write_shards(source, tmp_path / "shards", samples_per_shard=6, workers=2)
     assert sorted(by_webdataset(tmp_path / "shards").values()) == sorted(zip(images, labels, strict=True))
     reader = ShardReader(index)
     for i in range(23):

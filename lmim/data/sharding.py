@@ -37,6 +37,7 @@ from lmim.data.unfinished import (
     claimed,
     finish,
     read_record,
+    running,
     shard_name,
     write_record,
 )
@@ -204,9 +205,10 @@ def _run(plan: Plan, folder: Path, task: Callable[[int], Any], work: Callable[[A
 
     report(0, 0)
     tasks = ((f"{shard_name(number)} of {folder}", task(number)) for number in waiting)
-    for _ in run_tasks(work, tasks, workers=max(1, min(workers, len(waiting))), report=report):
-        pass
-    index = finish(folder)
+    with running(folder, part):
+        for _ in run_tasks(work, tasks, workers=max(1, min(workers, len(waiting))), report=report):
+            pass
+        index = finish(folder)
     return None if isinstance(index, int) else index
 
 

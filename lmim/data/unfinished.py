@@ -105,6 +105,20 @@ def begin(folder: Path, plan: Plan, overwrite: bool) -> bool:
     return False
 
 
+@contextmanager
+def running(folder: Path, part: tuple[int, int]) -> Iterator[None]:
+    """Keep other runs from doing the same part at the same time: `ConfigError` where one does."""
+    with open(folder / UNFINISHED / f"part-{part[0]}-of-{part[1]}.lock", "wb") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and workers do not inherit it
+        except (BlockingIOError, PermissionError) as error:
+            raise ConfigError(f"DST ({folder}) is being written by a run that is going on: stop that, choose another "
+                              "folder, or give each a --part of its own") from error  # fmt: skip
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def _read_plan(work: Path) -> Plan:
     path = work / "plan.json"
     try:
