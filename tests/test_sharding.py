@@ -139,8 +139,11 @@ def test_a_run_takes_up_the_finished_shards_and_touches_none_of_them(unbroken, t
     assert (folder / "index.json").stat().st_mtime_ns == stamp
 
 
-def test_a_run_stopped_while_files_get_their_names_is_no_data_set_and_goes_on(unbroken, tmp_path, monkeypatch):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_stopped_while_files_get_their_names_is_no_data_set(unbroken, tmp_path, monkeypatch, overwrite):
     folder, replace, calls = tmp_path / "shards", os.replace, []
+    if overwrite:
+        write_shards(source(), folder, samples_per_shard=9)
 
     def stop(old, new):
         if Path(new).parent == folder:
@@ -151,13 +154,20 @@ def test_a_run_stopped_while_files_get_their_names_is_no_data_set_and_goes_on(un
 
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        write_shards(source(), folder, samples_per_shard=PER_SHARD)
+        write_shards(source(), folder, samples_per_shard=PER_SHARD, overwrite=overwrite)
     monkeypatch.setattr(os, "replace", replace)
     assert any(folder.glob("*.tar"))
     with pytest.raises(ConfigError, match="holds no shards yet"):
         ShardIndex.open(folder)
     write_shards(source(dies_at=0), folder, samples_per_shard=PER_SHARD)  # would die if it read anything
     assert contents(folder) == unbroken
+
+
+def test_records_of_another_plan_are_not_taken_for_this_one(unbroken, tmp_path):
+    write_shards(source(), tmp_path, samples_per_shard=PER_SHARD, seed=5, part=(1, 2))
+    (tmp_path / "unfinished" / "plan.json").unlink()  # as where removing an old run was stopped
+    write_shards(source(), tmp_path, samples_per_shard=PER_SHARD)
+    assert contents(tmp_path) == unbroken
 
 
 def test_workers_outlive_a_killed_run_by_no_harm(unbroken, tmp_path):
@@ -342,18 +352,21 @@ def test_index_only_names_tars_where_they_are(tmp_path, unbroken):
     assert (index.table(0).checksums >= 0).all()
 
 
-def test_tars_are_indexed_in_their_own_folder_and_none_is_removed(tmp_path, unbroken):
-    write_shards(source(), tmp_path, samples_per_shard=PER_SHARD)
-    before = contents(tmp_path)
-    for path in (*tmp_path.glob("*.npz"), tmp_path / "index.json"):
+def test_tars_are_indexed_in_their_own_folder_and_none_is_removed(tmp_path):
+    folder, link = tmp_path / "data", tmp_path / "link"
+    write_shards(source(), folder, samples_per_shard=PER_SHARD)
+    before = contents(folder)
+    del before["index.json"]
+    for path in (*folder.glob("*.npz"), folder / "index.json"):
         path.unlink()
-    tars = sorted(tmp_path.glob("*.tar"))
-    for overwrite in (False, True):
-        index = index_tars(tars, tmp_path, overwrite=overwrite)
-        assert [shard.name for shard in index.shards] == [tar.name for tar in tars]
-        assert {name: data for name, data in contents(tmp_path).items() if not name.endswith(".json")} == {
-            name: data for name, data in before.items() if not name.endswith(".json")
-        }
+    link.symlink_to(folder, target_is_directory=True)
+    for overwrite, place in ((False, folder), (True, folder), (True, link)):
+        tars = sorted(place.glob("*.tar"))
+        index = index_tars(tars, folder, overwrite=overwrite)
+        assert [index.url(number) for number in range(18)] == [str(tar) for tar in tars]
+        after = contents(folder)
+        del after["index.json"]
+        assert after == before
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
