@@ -20,6 +20,7 @@ from pathlib import Path
 from lmim import __version__
 from lmim.config import ConfigError, load_config
 from lmim.data.loader import DataError
+from lmim.data.storage import StorageError
 from lmim.train import TrainingError, train
 
 OTHER_RANKS_WAIT_S = 3.0
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         parsed.overrides = [*parsed.overrides, *rest]
     try:
         return parsed.run(parsed)
-    except (ConfigError, DataError, TrainingError) as error:
+    except (ConfigError, DataError, StorageError, TrainingError) as error:
         # All ranks see most mistakes: the first speaks, and the launcher ends the others before they repeat it.
         rank = os.environ.get("RANK", "0")
         words = str(error).strip().splitlines()[-1]  # a loader worker's error comes with its traceback in front

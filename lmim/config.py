@@ -87,12 +87,17 @@ class DataConfig:
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # share of the image's area
     crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])
     flip: bool = True
-    decoder: str = "turbo"  # of training views: turbo (libjpeg-turbo), or pillow (4 times slower)
+    decoder: str = "turbo"  # turbo (libjpeg-turbo), pillow (4 times slower), or nvjpeg (on the GPU)
     weights: list[float] = field(default_factory=list)  # how often each of several sources is drawn; empty: by size
     block_shards: int = 64  # shards whose samples are shuffled together
     lanes: int = 1  # parts of the data read side by side; with as many as hosts, each reads its own shards only
     tail: str = "carry"  # images of an epoch that fill no batch: carry (go on in the next), drop, or repeat some more
     max_bad_fraction: float = 0.01  # a run stops when a larger share of the images cannot be read
+    cache: str = ""  # folder for copies of remote shards; empty: images are read one by one from where they are
+    cache_gb: float = 100.0  # most that it holds; two blocks of shards per lane that this host reads should fit
+    timeout_s: float = 30.0  # of remote places: to connect, and between two packets
+    retry_minutes: float = 10.0  # how long a remote place that fails is tried again before the run ends
+    allow_pipe: bool = False  # run the commands of `pipe:` addresses in a shell
     workers: Optional[int] = None  # loader processes per rank; empty: from the number of cores
 
 
@@ -160,14 +165,15 @@ class Config:
 # What a resumed run may change: where things lie and how the work is split, not what is computed. The data's identity
 # is its shards' checksum, kept by the checkpoint, not its path.
 NEUTRAL = ("run.folder", "run.name", "data.train", "data.eval", "data.micro_batch", "data.workers", "data.crop_size",
-           "data.max_bad_fraction", "parallel.", "log.", "eval.", "checkpoint.")  # fmt: skip
+           "data.max_bad_fraction", "data.cache", "data.cache_gb", "data.timeout_s", "data.retry_minutes",
+           "data.allow_pipe", "parallel.", "log.", "eval.", "checkpoint.")  # fmt: skip
 
 CHOICES = {
     "model.variant": tuple(VARIANTS),
     "objective.loss": ("infonce", "norm_l2", "mse", "l1", "smooth_l1", "cosine"),
     "objective.target_input": ("masked", "all"),
     "objective.gap_jitter": ("released", "full"),
-    "data.decoder": ("turbo", "pillow"),
+    "data.decoder": ("turbo", "pillow", "nvjpeg"),
     "data.tail": ("carry", "drop", "repeat"),
     "precision.compute": ("bf16", "fp32"),
     "precision.reduce": ("fp32", "bf16"),
@@ -178,7 +184,8 @@ CHOICES = {
 POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_size", "model.grid_size",
             "model.mlp_ratio", "model.projector_dim", "model.decoder_dim", "model.decoder_depth",
             "model.decoder_num_heads", "objective.temperature", "objective.num_visible", "data.global_batch",
-            "data.micro_batch", "data.block_shards", "data.weights", "data.lanes", "optim.base_lr", "optim.eps",
+            "data.micro_batch", "data.block_shards", "data.weights", "data.lanes", "data.cache_gb",
+            "data.timeout_s", "data.retry_minutes", "optim.base_lr", "optim.eps",
             "parallel.timeout_minutes",
             "eval.resize", "eval.batch", "eval.k", "eval.temperature", "checkpoint.keep")  # fmt: skip
 NOT_NEGATIVE = ("run.seed", "model.patch_gap", "model.projector_depth", "objective.similarity_weight", "data.workers",

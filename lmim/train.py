@@ -29,7 +29,7 @@ from lmim.config import (
     save_config,
     validate,
 )
-from lmim.data.loader import Batch, on_device, open_data, open_stream, train_batches
+from lmim.data.loader import Batch, open_data, open_stream, train_batches
 from lmim.eval.knn import check_labels, online_accuracy
 from lmim.metrics import (
     EVAL_FILE,
@@ -267,10 +267,10 @@ def train(config: Config | str | Path) -> int:
 def _steps(run: Run, backend: Backend, start: int, stop: dist.StopRequest) -> int:
     """The loop."""
     config, plan, split = run.config, run.plan, run.split
-    batches = on_device(train_batches(
+    batches = train_batches(
         config.data, run.train_index, seed=config.run.seed, size=crop_size(config.model), split=split,
         topology=run.topology, start_step=start, total_steps=plan.total_steps,
-    ), run.topology.device)  # fmt: skip
+    )  # fmt: skip
     run.open_sinks(start)
     try:
         if start == 0 or (plan.due(start, plan.knn_every) and not run.evaluated(start)):

@@ -311,6 +311,41 @@ def test_an_error_in_a_worker_is_raised_and_not_taken_for_its_death(index, monke
         stream(index, workers=2)
 
 
+# --- decoding on the device ------------------------------------------------------------------------------------------
+
+
+def jpeg_bytes(number: int, width: int = 90) -> bytes:
+    """A smooth picture, as photos are; noise would show how colour is interpolated."""
+    across = np.linspace(0, 6, width)[None, :, None] + np.linspace(0, 4, 70)[:, None, None]
+    pixels = (127 + 120 * np.sin(across + number + np.arange(3))).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=95)
+    return out.getvalue()
+
+
+def test_views_decoded_on_the_device_are_those_of_the_workers(tmp_path):
+    """JPEGs, and between them a PNG and one that is broken where the header does not show it."""
+    whole = [(f"{i:02d}", "jpg", jpeg_bytes(i, 90 + i)) for i in range(12)]
+    broken = whole[5][2][:-400] + bytes(400)
+    files = [*whole[:5], ("05", "jpg", broken), *whole[6:], ("12", "png", png_bytes(np.full((40, 40, 3), 9, "u1")))]
+    with wds.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
+        for key, suffix, data in files:
+            tar.write({"__key__": key, suffix: data})
+    index = ShardIndex.open(tmp_path)
+
+    def batches(decoder, workers):
+        return list(train_batches(
+            DataConfig(workers=workers, global_batch=13, decoder=decoder), index, seed=5, size=32,
+            split=Split(1, 13, 1), topology=Topology(0, 1, 0, 1, CPU, "none"), start_step=0, total_steps=3,
+        ))  # fmt: skip
+
+    for workers in (0, 2):
+        for ours, theirs in zip(batches("nvjpeg", workers), batches("turbo", 0), strict=True):
+            assert torch.equal(ours.sample_ids, theirs.sample_ids) and torch.equal(ours.keys, theirs.keys)
+            assert (ours.images.float() - theirs.images.float()).abs().mean() < 1
+            assert [skip.sample_id for skip in ours.skipped] == [skip.sample_id for skip in theirs.skipped] == [5]
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 

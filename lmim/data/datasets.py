@@ -5,7 +5,6 @@ Owns the choice of the reader for a source; folders are read by `sources`, tars 
 
 from __future__ import annotations
 
-import glob
 import gzip
 import io
 import math
@@ -19,6 +18,7 @@ from PIL import Image
 from lmim.config import ConfigError
 from lmim.data.archives import open_imagenet, open_tars
 from lmim.data.parquet import open_parquet
+from lmim.data.storage import expand as expand_addresses
 from lmim.data.sources import Images, Source, SourceImage, holds_images, open_folder
 
 __all__ = ["EMBEDDED_SPLITS", "Source", "SourceImage", "expand", "open_source", "read_idx"]
@@ -60,15 +60,12 @@ def open_source(spec: str | Path, *, option: str = "SRC", devkit: Path | None = 
 
 def expand(spec: str, option: str) -> list[Path]:
     """Return the files that a path, glob or brace range names, sorted, and of a folder those of a known kind."""
-    from braceexpand import braceexpand
-
     folder = Path(spec)
     if folder.is_dir():
         return sorted(path for path in folder.iterdir() if _kind(path) and not path.name.startswith("."))
     if folder.exists():
         return [folder]
-    names = list(braceexpand(spec)) if "{" in spec else [spec]
-    paths = [Path(path) for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+    paths = [Path(path) for path in expand_addresses(spec)]
     missing = [str(path) for path in paths if not path.exists()]
     if missing or not paths:
         what = f": {missing[0]}" if missing and missing[0] != spec else ""

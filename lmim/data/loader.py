@@ -29,11 +29,13 @@ import webdataset as wds
 from torch import Tensor
 
 from lmim.config import Config, ConfigError, DataConfig, Split
+from lmim.data.cache import ReadAhead, ShardCache, Wanted
 from lmim.data.datasets import open_source
+from lmim.data.nvjpeg import Undecoded, decode_views, undecoded
 from lmim.data.plan import Stream
 from lmim.data.sharding import write_shards
 from lmim.data.shards import INDEX, Sample, ShardIndex, ShardReader
-from lmim.data.storage import Damaged
+from lmim.data.storage import Damaged, Storage, StorageOptions, is_remote
 from lmim.data.transforms import ImageError, eval_view, train_view
 from lmim.dist import Topology, available_cores, barrier, ignore_stop_signals
 from lmim.randomness import sample_key
@@ -49,7 +51,13 @@ class DataError(RuntimeError):
     """The training data cannot be read any further; the message says why and what to do."""
 
 
-def open_shards(option: str, spec: str | list[str], run_folder: Path, max_bad_fraction: float = 0.0) -> ShardIndex | None:
+def open_storage(config: DataConfig) -> Storage:
+    """Return what reads shards as `data` says."""
+    return Storage(StorageOptions(config.timeout_s, 60 * config.retry_minutes, config.allow_pipe))
+
+
+def open_shards(option: str, spec: str | list[str], run_folder: Path, storage: Storage | None = None,
+                max_bad_fraction: float = 0.0) -> ShardIndex | None:  # fmt: skip
     """Open the shards that an option names, several as one data set, None if it is empty; complaints name the option.
 
     "embedded:train" and "embedded:eval" are sharded into the run folder at first use, by one rank. For
@@ -58,8 +66,12 @@ def open_shards(option: str, spec: str | list[str], run_folder: Path, max_bad_fr
     if not spec:
         return None
     specs = spec if isinstance(spec, list) else [spec]
-    indexes = [ShardIndex.open(_sharded(one, run_folder), option=option, max_bad_fraction=max_bad_fraction)
-               for one in specs]  # fmt: skip
+    indexes = [
+        ShardIndex.open(
+            _sharded(one, run_folder), option=option, storage=storage, max_bad_fraction=max_bad_fraction
+        )
+        for one in specs
+    ]
     return ShardIndex.join(indexes, option)
 
 
@@ -75,10 +87,18 @@ def _sharded(spec: str, run_folder: Path) -> str:
 def open_data(config: Config, topology: Topology) -> tuple[ShardIndex | None, ShardIndex | None]:
     """Open `data.train` and `data.eval` on every rank; embedded images are sharded by the first."""
     folder, data = Path(config.run.folder), config.data
+    storage = open_storage(data)
 
     def open_both() -> tuple[ShardIndex | None, ShardIndex | None]:
-        train = open_shards("data.train", data.train, folder, data.max_bad_fraction)
-        return train, open_shards("data.eval", data.eval, folder)
+        train = open_shards("data.train", data.train, folder, storage, data.max_bad_fraction)
+        test = open_shards("data.eval", data.eval, folder, storage)
+        if data.cache:
+            cache = ShardCache(Path(data.cache), int(data.cache_gb * 1e9), storage)
+            storage.cached = cache.path
+            for index in (train, test):
+                if index is not None:
+                    index.cache = cache
+        return train, test
 
     found = open_both() if topology.is_main else (None, None)
     barrier()
@@ -96,12 +116,16 @@ class Batch(NamedTuple):
     """One micro-batch: crops (B, 3, S, S) uint8 in channels-last memory, keys and sample ids (B,) int64.
 
     `skipped` are the samples that could not be read; others stand in their places, with the keys of those places.
+    `undecoded` are JPEGs that the device is to decode to their places; position `start` of the stream is the first.
     """
+
+    start: int
 
     images: Tensor
     keys: Tensor
     sample_ids: Tensor
     skipped: list[Unreadable]
+    undecoded: list[Undecoded]
 
 
 class Fetched(NamedTuple):
@@ -134,21 +158,36 @@ class MicroBatches(torch.utils.data.IterableDataset):
 
 
 class Fetch:
-    """Reads the bytes of each micro-batch while the one before is decoded."""
+    """Reads the bytes of each micro-batch while the one before is decoded, and has whole shards brought to the cache.
+
+    Only once the first batch is there: what a run waits for when it starts is not behind what it will need later.
+    """
 
     def __init__(self, stream: Stream, reader: ShardReader, micro_batch: int):
         self.stream, self.reader, self.micro_batch = stream, reader, micro_batch
 
     def __call__(self, starts: Iterator[int]) -> Iterator[Fetched]:
+        cache = self.reader.index.cache
+        read_ahead = None if cache is None else ReadAhead(cache)
         with ThreadPoolExecutor(1) as pool:
             ahead = None
             for start in starts:
                 following = pool.submit(self.fetch, start)
                 if ahead is not None:
-                    yield ahead.result()
+                    fetched = ahead.result()
+                    if read_ahead is not None:
+                        read_ahead.want(self.needed(fetched.start))
+                    yield fetched
                 ahead = following
             if ahead is not None:
                 yield ahead.result()
+
+    def needed(self, start: int) -> list[Wanted]:
+        """Return the shards of the blocks that micro-batch `start` lies in, and of those that come after them."""
+        later = start + self.stream.block_samples
+        numbers = [n for p in (start, later) for n in self.stream.shards(p, p + self.micro_batch)]
+        wanted = (self.reader.index.wanted(number) for number in dict.fromkeys(numbers))
+        return [shard for shard in wanted if is_remote(shard.url)]
 
     def fetch(self, start: int) -> Fetched:
         epochs, ids = self.stream.at(start, start + self.micro_batch)
@@ -169,13 +208,23 @@ class Decode:
         keys = sample_key(self.seed, fetched.epochs, fetched.sample_ids)
         ids = fetched.sample_ids.copy()
         images = _shared_bytes(len(ids), self.size)
-        skipped: list[Unreadable] = []
+        batch = Batch(fetched.start, images.permute(0, 3, 1, 2), torch.from_numpy(keys), torch.from_numpy(ids), [], [])
         for i, sample in enumerate(fetched.samples):
-            reason = self._crop(sample, int(keys[i]), images[i].numpy())
+            jpeg = self._for_device(sample, i, int(keys[i]))
+            reason = "" if jpeg else self._crop(sample, int(keys[i]), images[i].numpy())
+            if jpeg:
+                batch.undecoded.append(jpeg)
             if reason:
-                skipped.append(Unreadable(int(ids[i]), reason))
-                ids[i] = self._substitute(fetched.start + i, int(keys[i]), images[i].numpy(), skipped[-1])
-        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(keys), torch.from_numpy(ids), skipped)
+                self.substitute(batch, i, reason, images[i].numpy())
+        return batch
+
+    def _for_device(self, sample: Sample | Damaged, place: int, key: int) -> Undecoded | None:
+        if self.config.decoder != "nvjpeg" or isinstance(sample, Damaged):
+            return None
+        try:
+            return undecoded(sample.image, place, self.config, key)
+        except ImageError:
+            return None  # the workers' decoder says what is wrong
 
     def _crop(self, sample: Sample | Damaged, key: int, out: np.ndarray) -> str:
         """Write a sample's crop to `out` (S, S, 3), or return why it cannot be."""
@@ -189,11 +238,26 @@ class Decode:
             return f"{sample.key}.{sample.suffix}: {error}"
         return ""
 
-    def _substitute(self, position: int, key: int, out: np.ndarray, missing: Unreadable) -> int:
-        for sample_id in self.stream.at(position + 1, position + 1 + SUBSTITUTES)[1]:
-            if not self._crop(self.reader.read_many(np.array([sample_id]))[0], key, out):
-                return int(sample_id)
-        raise DataError(f"data.train: {SUBSTITUTES} images in a row cannot be read, the first is {missing.reason}")
+    def substitute(self, batch: Batch, place: int, reason: str, out: np.ndarray) -> None:
+        """Put the next sample that can be read in a place of the batch, and its crop in `out`."""
+        missing = Unreadable(int(batch.sample_ids[place]), reason)
+        position = batch.start + place + 1
+        for sample_id in self.stream.at(position, position + SUBSTITUTES)[1]:
+            if not self._crop(self.reader.read_many(np.array([sample_id]))[0], int(batch.keys[place]), out):
+                batch.sample_ids[place] = int(sample_id)
+                batch.skipped.append(missing)
+                return
+        raise DataError(f"data.train: {SUBSTITUTES} images in a row cannot be read, the first is {reason}")
+
+    def finish(self, batch: Batch) -> Batch:
+        """Decode on the batch's device what was left to it; the rule for what cannot be read is the same."""
+        if not batch.undecoded:
+            return batch
+        for place in decode_views(batch.images, batch.undecoded):
+            out = np.empty((self.size, self.size, 3), np.uint8)
+            self.substitute(batch, place, f"sample {batch.sample_ids[place]}: broken JPEG", out)
+            batch.images[place] = torch.from_numpy(out).permute(2, 0, 1).to(batch.images.device)
+        return batch._replace(undecoded=[])
 
 
 def _shared_bytes(batch: int, size: int) -> Tensor:
@@ -222,19 +286,20 @@ def open_stream(config: DataConfig, index: ShardIndex, seed: int) -> Stream:
 
 def train_batches(config: DataConfig, index: ShardIndex, *, seed: int, size: int, split: Split, topology: Topology,
                   start_step: int, total_steps: int) -> Iterator[Batch]:  # fmt: skip
-    """Yield this rank's micro-batches of steps [start_step, total_steps) in order, as (B, 3, size, size) crops.
+    """Yield this rank's micro-batches of steps [start_step, total_steps) in order, on its device.
 
     A worker that is killed is replaced, and the stream goes on where it was; one that keeps dying is a `DataError`.
     """
     assert split.world_size * split.micro_batch * split.accumulate == config.global_batch
     number, stop = start_step * split.accumulate, total_steps * split.accumulate
-    deaths = 0
+    decode = Decode(open_stream(config, index, seed), ShardReader(index), config, seed, size)
+    to_device, deaths = ToDevice(topology.device), 0
     while number < stop:
-        loader = _loader(config, index, seed, size, split, topology, number, stop)
+        loader = _loader(config, index, seed, decode, split, topology, number, stop)
         with _started(loader) as (batches, workers):
             try:
                 for batch in batches:
-                    yield batch
+                    yield decode.finish(to_device(batch))
                     number, deaths = number + 1, 0
             except (RuntimeError, OSError, EOFError) as error:  # the last two: batches that the dead had not handed over
                 if not _one_died(workers):
@@ -277,11 +342,10 @@ def _one_died(workers: set[BaseProcess]) -> bool:
     return True
 
 
-def _loader(config: DataConfig, index: ShardIndex, seed: int, size: int, split: Split, topology: Topology, start: int,
-            stop: int) -> torch.utils.data.DataLoader:  # fmt: skip
+def _loader(config: DataConfig, index: ShardIndex, seed: int, decode: Decode, split: Split, topology: Topology,
+            start: int, stop: int) -> torch.utils.data.DataLoader:  # fmt: skip
     workers = min(default_workers(topology) if config.workers is None else config.workers, stop - start)
     fetch = Fetch(open_stream(config, index, seed), ShardReader(index), split.micro_batch)
-    decode = Decode(open_stream(config, index, seed), ShardReader(index), config, seed, size)
     return torch.utils.data.DataLoader(
         wds.DataPipeline(MicroBatches(split, topology.rank, start, stop), fetch, wds.map(decode)),
         batch_size=None,
@@ -292,20 +356,23 @@ def _loader(config: DataConfig, index: ShardIndex, seed: int, size: int, split: 
     )
 
 
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Move batches to the device, on a CUDA stream of their own so that the copy runs beside the step before."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    side = torch.cuda.Stream(device)
-    for batch in batches:
-        with torch.cuda.stream(side):
-            moved = [tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.keys)]
-        current = torch.cuda.current_stream(device)
-        current.wait_stream(side)
+class ToDevice:
+    """Moves batches to the device, on a CUDA stream of its own so that the copy runs beside the step before."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        if self.side is None:
+            return batch
+        with torch.cuda.stream(self.side):
+            moved = [tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.keys)]
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.side)
         for tensor in moved:
             tensor.record_stream(current)  # else its memory could be given away while the step reads it
-        yield batch._replace(images=moved[0], keys=moved[1])
+        return batch._replace(images=moved[0], keys=moved[1])
 
 
 class EvalImages(torch.utils.data.Dataset):
@@ -317,12 +384,16 @@ class EvalImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+    def __getitems__(self, places: list[int]) -> list[tuple[Tensor, int]]:
+        return [self._view(i, sample) for i, sample in zip(places, self.reader.read_many(self.sample_ids[places]))]
+
+    def _view(self, place: int, sample: Sample | Damaged) -> tuple[Tensor, int]:
         try:
-            sample = self.reader.read(int(self.sample_ids[i]))
+            if isinstance(sample, Damaged):
+                raise sample
             view = eval_view(sample.image, self.resize, self.crop)
         except (Damaged, ImageError) as error:
-            logger.warning("skipped sample %d: %s", self.sample_ids[i], error)
+            logger.warning("skipped sample %d: %s", self.sample_ids[place], error)
             return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), UNREADABLE
         return torch.from_numpy(view).permute(2, 0, 1), -1 if sample.label is None else sample.label
 

@@ -28,8 +28,9 @@ import xxhash
 
 from lmim.config import ConfigError
 from lmim.data.plan import Recent
+from lmim.data.cache import ShardCache, Wanted
 from lmim.data.sources import holds_images
-from lmim.data.storage import Damaged, Storage
+from lmim.data.storage import PIPE, Damaged, Storage, expand, is_remote, without_secrets
 from lmim.data.transforms import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class ShardIndex:
         self.parts, self.labelled = tuple(parts), labelled
         self.starts = np.cumsum([0, *(shard.samples for shard in self.shards)])  # (shards + 1,): first sample ids
         self.storage = storage or Storage()
+        self.cache: ShardCache | None = None
         self._scanned = tables or {}
         self._tables: Recent[int, ShardTable] = Recent(OPEN_TABLES)
 
@@ -124,9 +126,18 @@ class ShardIndex:
         version, or with more than `max_bad_fraction` of the samples in local shards that are missing or of another
         size than when they were indexed; fewer are a warning.
         """
-        location = str(location)
         storage = storage or Storage()
-        if "://" in location:
+        paths = expand(str(location))
+        if not paths:
+            raise ConfigError(f"{option} ({location}) matches no file")
+        if all(path.endswith(".tar") for path in paths):
+            return _scan_tars(paths, option, storage)
+        if len(paths) > 1:
+            indexes = [ShardIndex.open(path, option=option, storage=storage, max_bad_fraction=max_bad_fraction)
+                       for path in paths]  # fmt: skip
+            return ShardIndex.join(indexes, option)
+        location = paths[0]
+        if is_remote(location):
             return _read_index(location.rstrip("/"), option, storage)
         folder = Path(location)
         if not folder.is_dir():
@@ -141,7 +152,7 @@ class ShardIndex:
                               "start tools/shard_images.py again with the same options to go on")  # fmt: skip
         tars = sorted(folder.glob("*.tar"))
         if tars:
-            return _scan_folder(folder, tars, storage)
+            return _scan_tars([str(path) for path in tars], option, storage)
         if holds_images(folder):
             raise ConfigError(f"{option} ({folder}) holds images, not shards: "
                               f"shard it first: python tools/shard_images.py {folder} DST")  # fmt: skip
@@ -183,6 +194,10 @@ class ShardIndex:
         """Return the path or address of shard `number`."""
         return _join(self.folder, self.shards[number].name)
 
+    def wanted(self, number: int) -> Wanted:
+        """Return what a cache needs to know of shard `number`."""
+        return Wanted(self.url(number), self.shards[number].bytes, self.shards[number].sha256)
+
     def labels(self) -> np.ndarray:
         """Return the label of every sample (N,) int64, −1 where there is none."""
         if not self.labelled:
@@ -223,7 +238,7 @@ class ShardIndex:
         wrong, samples = [], 0
         for number, shard in enumerate(self.shards):
             url = self.url(number)
-            if _is_remote(url):
+            if is_remote(url):
                 continue
             try:
                 size = os.stat(url).st_size
@@ -241,12 +256,8 @@ class ShardIndex:
                            self.folder, words)  # fmt: skip
 
 
-def _is_remote(url: str) -> bool:
-    return "://" in url or url.startswith("pipe:")
-
-
 def _join(folder: str, name: str) -> str:
-    return name if _is_remote(name) or name.startswith("/") else f"{folder}/{name}"
+    return name if is_remote(name) or name.startswith("/") else f"{folder}/{name}"
 
 
 def _read_index(folder: str, option: str, storage: Storage) -> ShardIndex:
@@ -270,12 +281,18 @@ def _read_index(folder: str, option: str, storage: Storage) -> ShardIndex:
 # --- reading tar files -----------------------------------------------------------------------------------------------
 
 
-def _scan_folder(folder: Path, tars: list[Path], storage: Storage) -> ShardIndex:
-    logger.info("%s has no %s: reading the headers of %d tar files", folder, INDEX, len(tars))
-    tables = {number: scan_tar(path) for number, path in enumerate(tars)}
-    shards = [Shard(path.name, len(tables[n].keys), path.stat().st_size, None, "") for n, path in enumerate(tars)]
+def _scan_tars(paths: list[str], option: str, storage: Storage) -> ShardIndex:
+    folder = str(Path(paths[0]).parent)
+    again = f"write an index of them: python tools/shard_images.py '{folder}/*.tar' DST --index-only"
+    if any(is_remote(path) for path in paths):
+        raise ConfigError(f"{option} ({without_secrets(paths[0])}): remote tar files need an index; {again}")
+    logger.info("%s has no %s: reading the headers of %d tar files; to do it only once, %s", folder, INDEX, len(paths),
+                again)  # fmt: skip
+    tables = {number: scan_tar(Path(path)) for number, path in enumerate(paths)}
+    shards = [Shard(os.path.abspath(path), len(tables[n].keys), os.stat(path).st_size, None, "")
+              for n, path in enumerate(paths)]  # fmt: skip
     if not any(shard.samples for shard in shards):
-        raise ConfigError(f"{folder}: no member of its {len(tars)} tar files has the suffix of an image "
+        raise ConfigError(f"{folder}: no member of its {len(paths)} tar files has the suffix of an image "
                           f"({', '.join(sorted(IMAGE_SUFFIXES))})")  # fmt: skip
     return ShardIndex(folder, shards, tables=tables, storage=storage)
 
@@ -363,8 +380,18 @@ class ShardReader:
         for table, number, place in zip(tables, numbers.tolist(), places.tolist(), strict=True):
             start = int(table.offsets[place])
             ranges.append((self.index.url(number), start, start + int(table.sizes[place])))
+        self._bring_commands(set(numbers.tolist()))
         data = self.index.storage.read_ranges(ranges)
         return [self._sample(*row) for row in zip(tables, numbers.tolist(), places.tolist(), data, strict=True)]
+
+    def _bring_commands(self, numbers: set[int]) -> None:
+        """Have the shards that are a command's output copied to the cache: those cannot be read in parts."""
+        for number in numbers:
+            if self.index.url(number).startswith(PIPE):
+                cache = self.index.cache
+                if cache is None or not cache.bring(self.index.wanted(number), wait=True):
+                    raise ConfigError(f"{self.index.url(number)} needs a copy: set data.cache, and data.cache_gb to "
+                                      f"more than {len(numbers)} shards of this batch")  # fmt: skip
 
     def _sample(self, table: ShardTable, number: int, place: int, image: bytes | Damaged) -> Sample | Damaged:
         key = bytes(table.keys[place]).decode(errors="surrogateescape")

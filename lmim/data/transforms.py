@@ -6,10 +6,14 @@ training view is a function of the image and its sample key alone; no bytes, how
 
 * "pillow": Pillow decodes, crops and resizes; equal to the last bit.
 * "turbo": libjpeg-turbo decodes JPEGs (simplejpeg) and torch's kernel resizes whatever was decoded. The decoded pixels
-  are Pillow's, and the resized ones differ in some of 100 values, by 1 or 2 grey levels. Only where a crop is far
+  are Pillow's; after the resize 0.5 of 100 values (3 at most) differ, by 1 or 2 grey levels. Only where a crop is far
   larger than the view is the JPEG decoded at 1/2, 1/4 or 1/8 of its size (see `CROP_OVER_VIEW`). JPEGs with corrupt
   data are refused, where Pillow guesses pixels; what libjpeg-turbo does not turn into RGB (CMYK) is decoded by Pillow,
   as are the other formats.
+
+What one core takes for a photo of 500 x 375 px and a crop of 280 px, with "turbo": header 2 us, draws 17, decoding 545,
+resizing 240, mirroring 25 where it happens. Decoding the crop alone would save little, since most of it is Huffman
+decoding of all that comes before (nvimgcodec's regions: 9 % of the decoding).
 
 An alpha channel is dropped, as `convert("RGB")` does everywhere else in the field; EXIF rotation is not applied, as in
 torchvision's folders.
@@ -230,6 +234,12 @@ def _turbo_header(data: bytes) -> tuple[int, int, str] | None:
         return None
     _check_pixels(width, height)
     return (height, width, TURBO_COLOURS[stored]) if stored in TURBO_COLOURS else None
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Return the height and width of a JPEG in grey or YCbCr, None for any other file; `ImageError` beyond the limit."""
+    header = _turbo_header(data)
+    return None if header is None else header[:2]
 
 
 def _turbo_decode(data: bytes, colours: str, height: int, width: int, factor: int) -> np.ndarray | None:
