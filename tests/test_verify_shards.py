@@ -18,6 +18,8 @@ from PIL import Image
 
 from lmim.data.datasets import open_source
 from lmim.data.sharding import index_tars, write_shards
+from lmim.data.shards import ShardIndex
+from tests.servers import serving
 
 TOOL = Path(__file__).parents[1] / "tools" / "verify_shards.py"
 
@@ -237,3 +239,28 @@ def test_unusable_input_is_one_line_and_exit_code_2(tmp_path, copy, capsys):
         assert main([str(folder), *map(str, options)]) == 2
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) == 1 and words in err
+
+
+def test_remote_tars_are_indexed_and_verified_where_they_are(whole, tmp_path, verify, capsys):
+    tool = runpy.run_path(str(TOOL.with_name("shard_images.py")))["main"]
+    tars = sorted(whole.glob("*.tar"))
+    with serving(whole) as server:
+        spec = f"{server.url}/shard-00000{{0..2}}.tar"
+        assert tool([spec, str(tmp_path / "index"), "--index-only", "--workers", "2"]) == 0
+        assert "3 shards, 24 samples" in capsys.readouterr().out
+        index = ShardIndex.open(tmp_path / "index")
+        assert [shard.name for shard in index.shards] == [f"{server.url}/{tar.name}" for tar in tars]
+        assert [shard.sha256 for shard in index.shards] == [
+            hashlib.sha256(tar.read_bytes()).hexdigest() for tar in tars
+        ]
+        assert verify(tmp_path / "index", "--workers", 2)[0] == 0
+        code, lines = verify(server.url)
+        assert code == 0 and "3 shards, 24 samples" in lines[0] and "cat: 16, dog: 8" in lines[0]
+        moved = whole / "moved.tar"
+        tars[1].rename(moved)
+        try:
+            code, lines = verify(tmp_path / "index")
+        finally:
+            moved.rename(tars[1])
+        assert code == 1 and len(lines) == 2
+        assert lines[0].startswith(f"{server.url}/shard-000001.tar: ") and "does not exist" in lines[0]

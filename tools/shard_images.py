@@ -3,7 +3,7 @@
     python tools/shard_images.py SRC DST [--short-side 320] [--samples-per-shard 10000] [--workers 8] ...
     python tools/shard_images.py SRC DST --part 2/8        (on the second of eight machines)
     python tools/shard_images.py DST --merge               (where the parts were not written into one folder)
-    python tools/shard_images.py 'TARS/{000..999}.tar' DST --index-only
+    python tools/shard_images.py 'TARS/{000..999}.tar' DST --index-only        (or 's3://...', 'https://...')
 
 SRC is one of
   - a folder of images, with a subfolder for each class or without;
@@ -27,11 +27,13 @@ from pathlib import Path
 from rich.console import Console
 
 from lmim.config import ConfigError
+from lmim.data import storage
 from lmim.data.datasets import EMBEDDED_SPLITS, expand, open_source
 from lmim.data.pool import WorkerDied
 from lmim.data.progress import ImageProgress
 from lmim.data.sharding import CHECKS, index_tars, plan_shards, run_plan
 from lmim.data.shards import ShardIndex
+from lmim.data.storage import Damaged, StorageError
 from lmim.data.unfinished import begin, finish
 from lmim.dist import available_cores
 
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
         return
     running = dict(overwrite=options.overwrite, workers=options.workers, part=options.part)
     if options.index_only:
-        tars = expand(options.src, "SRC")
+        tars = storage.expand(options.src) if storage.is_remote(options.src) else expand(options.src, "SRC")
         with ImageProgress(options.src) as progress:
             tell(index_tars(tars, options.dst, check=options.check, progress=progress, **running), options)
         return
@@ -133,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"shard_images: {error}", file=sys.stderr)
         return 2
-    except (OSError, WorkerDied) as error:
+    except (OSError, StorageError, Damaged, WorkerDied) as error:
         print(f"shard_images: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

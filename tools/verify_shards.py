@@ -17,6 +17,7 @@ import sys
 from lmim.config import ConfigError
 from lmim.data.pool import WorkerDied
 from lmim.data.progress import ImageProgress
+from lmim.data.storage import Damaged, StorageError
 from lmim.data.verify import ALL, Findings, verify_shards
 from lmim.dist import available_cores
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"verify_shards: {error}", file=sys.stderr)
         return 2
-    except (OSError, WorkerDied) as error:
+    except (OSError, StorageError, Damaged, WorkerDied) as error:
         print(f"verify_shards: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

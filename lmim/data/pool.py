@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from lmim.config import ConfigError
+from lmim.data.storage import Damaged, StorageError
 
 REPORT_EVERY_S = 0.1
 Report = Callable[[int, int], None]  # takes the images and bytes that are done since the last report
@@ -96,7 +97,7 @@ def _serve(work: Callable[[T, Report], R], end: Connection, others: list[Connect
             counter = _Counter(end)
             try:
                 result = work(task, counter)
-            except (ConfigError, OSError) as error:
+            except (ConfigError, StorageError, Damaged, OSError) as error:
                 end.send(("failed", error))
             else:
                 counter.send()

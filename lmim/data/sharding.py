@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from lmim.data.pool import Report, run_tasks
 from lmim.data.progress import Done
 from lmim.data.shards import BLOCK, MAX_MEMBER, Shard, ShardIndex, ShardTable, Skipped, checksum, scan_tar
 from lmim.data.sources import Source, SourceImage
+from lmim.data.storage import Storage, is_remote
 from lmim.data.transforms import BROKEN_FILE, FORMATS, MAX_PIXELS, ImageError, decode_rgb, shrink
 from lmim.data.unfinished import (
     UNFINISHED,
@@ -168,15 +170,16 @@ def index_tars(paths: Sequence[str | Path], folder: str | Path, *, check: str = 
                progress: Callable[[Done], None] | None = None) -> ShardIndex | None:  # fmt: skip
     """Write the index of tars that stay where they are into a folder and return it; see `write_shards`.
 
-    Broken images are left out of the index. The shards are named by their whole paths, but those that lie in the folder
-    by their names.
+    Broken images are left out of the index. The shards are named by their whole paths or addresses, but those that lie
+    in the folder by their names.
     """
     if not paths:
         raise ConfigError("SRC holds no tars: give a folder, a glob or a brace range of them")
     if check not in CHECKS:
         raise ConfigError(f"check ({check}) must be one of {', '.join(CHECKS)}")
-    tars = [str(Path(path).absolute()) for path in paths]
-    sizes = [(0, Path(tar).stat().st_size) for tar in tars]
+    tars = [str(path) if is_remote(str(path)) else str(Path(path).absolute()) for path in paths]
+    storage = Storage()
+    sizes = [(0, storage.size(tar)) for tar in tars]
     listing = hashlib.sha256("".join(f"{tar}\0{size}\n" for tar, (_, size) in zip(tars, sizes, strict=True)).encode()).hexdigest()
     plan = Plan(f"{len(tars)} tars", dict(index_only=True, check=check), listing, len(tars), 0, None, ())
     work = partial(_index_tar, plan.identity, check, Path(folder))
@@ -302,7 +305,7 @@ def _index_tar(identity: str, check: str, folder: Path, task: tuple[int, str], r
     number, path = task
     work, name = folder / UNFINISHED, shard_name(number)
     rows, skipped, digest = _Rows(), [], hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_here(path, Storage()) as file:
         table = scan_tar(path, file)
         for row, data in read_through(file, table, digest, report):
             key = bytes(table.keys[row]).decode(errors="surrogateescape")
@@ -319,6 +322,16 @@ def _index_tar(identity: str, check: str, folder: Path, task: tuple[int, str], r
     shard = Shard(place, len(rows.rows), size_bytes, digest.hexdigest(), f"{name}.npz")
     write_record(work, number, Record(identity, shard, len(table.keys), skipped))
     return number
+
+
+def open_here(url: str, storage: Storage) -> BinaryIO:
+    """Open a local tar, or a passing copy of a remote one, of which every byte is to be read."""
+    if not is_remote(url):
+        return open(url, "rb")
+    file = tempfile.TemporaryFile()
+    file.writelines(storage.fetch(url))
+    file.seek(0)
+    return file
 
 
 def read_through(file: BinaryIO, table: ShardTable, digest: Any, report: Report) -> Iterator[tuple[int, bytes]]:

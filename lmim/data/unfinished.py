@@ -27,6 +27,7 @@ import numpy as np
 
 from lmim.config import ConfigError
 from lmim.data.shards import FORMAT, INDEX, UNFINISHED, VERSION, Shard, ShardIndex, Skipped
+from lmim.data.storage import is_remote
 
 PART = ".part"  # ends the names of files that are being written
 OURS = re.compile(r"shard-\d{6,}\.(tar|npz)(\.part)?")
@@ -195,6 +196,8 @@ def read_record(folder: Path, number: int, identity: str) -> Record | None:
         if record.plan != identity:
             return None
         for name, size in ((record.shard.name, record.shard.bytes), (record.shard.table, None)):
+            if is_remote(name):
+                continue
             path = work / name if (work / name).exists() else folder / name  # there where naming was cut short
             if path.stat().st_size != (size or path.stat().st_size):
                 return None
@@ -252,9 +255,9 @@ def _name_files(folder: Path, shards: Sequence[Shard]) -> None:
     (folder / INDEX).unlink(missing_ok=True)
     names = [name for shard in shards for name in (shard.table, shard.name)]
     for name in names:
-        if not os.path.isabs(name) and (folder / UNFINISHED / name).exists():
+        if not is_remote(name) and not os.path.isabs(name) and (folder / UNFINISHED / name).exists():
             os.replace(folder / UNFINISHED / name, folder / name)
-    kept = {os.path.realpath(folder / name) for name in names}  # indexed tars may lie here, under such names
+    kept = {os.path.realpath(folder / name) for name in names if not is_remote(name)}  # indexed tars may lie here, under such names
     for path in list(folder.iterdir()):
         if OURS.fullmatch(path.name) and os.path.realpath(path) not in kept:
             path.unlink()

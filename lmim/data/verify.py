@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +21,8 @@ from lmim.config import ConfigError
 from lmim.data.pool import Report, run_tasks
 from lmim.data.progress import Done
 from lmim.data.shards import INDEX, Shard, ShardIndex, ShardTable, checksum, scan_tar
-from lmim.data.sharding import read_through
+from lmim.data.sharding import open_here, read_through
+from lmim.data.storage import Damaged, is_remote
 from lmim.data.transforms import ImageError, decode_rgb
 
 NAMED = 3  # members that a complaint names
@@ -58,14 +58,15 @@ class _ShardFindings(NamedTuple):
 
 def verify_shards(folder: str | Path, *, decode: int = 16, workers: int = 1,
                   progress: Callable[[Done], None] | None = None) -> Findings:  # fmt: skip
-    """Check a folder of local shards, with or without an index, reading all of their bytes once.
+    """Check a folder of shards, here or remote, with or without an index, reading all of their bytes once.
 
     `decode` images of each shard, evenly spread, are decoded: all for `ALL`. Raises `ConfigError` for a folder that
     holds no shards, or whose index cannot be read.
     """
     if workers < 1 or decode < ALL:
         raise ConfigError(f"workers ({workers}) must be at least 1, and decode ({decode}) all, none or a number")
-    index = _open(Path(folder))
+    folder = str(folder)
+    index = _open(folder)
     total = (0, len(index), 0, index.bytes)
 
     def report(more_images: int, more_bytes: int) -> None:
@@ -86,19 +87,20 @@ def verify_shards(folder: str | Path, *, decode: int = 16, workers: int = 1,
     findings = Findings(problems, len(found), sum(one.samples for one in found), sum(one.bytes for one in found),
                         sum(one.decoded for one in found), labels, index.classes, _is_indexed(folder))  # fmt: skip
     if findings.indexed and not problems:
-        problems += [(INDEX, problem) for problem in _wrong_totals(Path(folder), findings)]
+        problems += [(INDEX, problem) for problem in _wrong_totals(index, findings)]
     return findings
 
 
-def _is_indexed(folder: str | Path) -> bool:
-    return Path(folder, INDEX).is_file()
+def _is_indexed(folder: str) -> bool:
+    return is_remote(folder) or Path(folder, INDEX).is_file()
 
 
-def _open(folder: Path) -> ShardIndex:
+def _open(folder: str) -> ShardIndex:
     """Open the index, however damaged the shards are, or make one up of the tars in a folder."""
-    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
-    if not _is_indexed(folder) and tars:
-        return ShardIndex(folder, [Shard(tar.name, 0, tar.stat().st_size, None, "") for tar in tars])
+    if not _is_indexed(folder) and Path(folder).is_dir():
+        tars = sorted(Path(folder).glob("*.tar"))
+        if tars:
+            return ShardIndex(folder, [Shard(tar.name, 0, tar.stat().st_size, None, "") for tar in tars])
     return ShardIndex.open(folder, option="DATA", max_bad_fraction=1.0)
 
 
@@ -110,9 +112,9 @@ def _verify_shard(index: ShardIndex, decode: int, number: int, report: Report) -
     problems: list[str] = []
     nothing = _ShardFindings(number, problems, 0, 0, 0, Counter(), np.empty(0, np.uint64))
     try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        problems.append("is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}")
+        size = index.storage.size(path)
+    except (OSError, Damaged) as error:
+        problems.append("is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}")
         return nothing
     if size != shard.bytes:
         problems.append(f"has {size} bytes where its index says {shard.bytes}")
@@ -123,13 +125,13 @@ def _verify_shard(index: ShardIndex, decode: int, number: int, report: Report) -
         problems.append(f"side file: {error}")
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open_here(path, index.storage) as file:
             table = scan_tar(path, file)
             if expected is not None:  # an index of existing tars leaves out their broken images
                 listed = np.isin(table.offsets, expected.offsets)
                 table = ShardTable(*(column[listed] for column in table))
             sums, decoded, broken = _read_images(file, table, digest, decode, report)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, Damaged, OSError) as error:
         problems.append(str(error).removeprefix(f"{path} ").removeprefix(f"{path}: "))
         return nothing._replace(bytes=size)
     table = table._replace(checksums=sums)
@@ -199,7 +201,8 @@ def _shared_keys(index: ShardIndex, found: Sequence[_ShardFindings]) -> list[tup
     for value in values[counts > 1][:NAMED].tolist():
         holders = [one.number for one in found if (one.key_hashes == value).any()]
         place = int(np.flatnonzero(found[holders[0]].key_hashes == value)[0])
-        table = scan_tar(index.url(holders[0]))
+        with open_here(index.url(holders[0]), index.storage) as file:
+            table = scan_tar(index.url(holders[0]), file)
         key = bytes(table.keys[place]).decode(errors="backslashreplace")
         where = ", ".join(index.shards[number].name for number in holders[:NAMED])
         times = sum(int((found[number].key_hashes == value).sum()) for number in holders)
@@ -209,8 +212,8 @@ def _shared_keys(index: ShardIndex, found: Sequence[_ShardFindings]) -> list[tup
     return problems
 
 
-def _wrong_totals(folder: Path, findings: Findings) -> list[str]:
-    content = json.loads((folder / INDEX).read_bytes())
+def _wrong_totals(index: ShardIndex, findings: Findings) -> list[str]:
+    content = json.loads(index.storage.read(f"{index.folder}/{INDEX}"))
     counted = content["class_counts"]
     labels = [findings.labels[label] for label in range(len(counted or ()))]
     pairs = (("samples", content["samples"], findings.samples), ("class_counts", counted or [], labels))
