@@ -32,7 +32,8 @@ from torchvision import transforms as tv
 from lmim.config import ConfigError, DataConfig, Split
 from lmim.data.datasets import open_source
 from lmim.data.loader import train_batches
-from lmim.data.shards import ShardIndex, ShardReader, write_shards
+from lmim.data.sharding import write_shards
+from lmim.data.shards import ShardIndex, ShardReader
 from lmim.data.transforms import DECODERS, train_view
 from lmim.dist import Topology
 
@@ -93,7 +94,7 @@ def crop_loop(images: list[bytes], crop: Crop, batch: int) -> Iterator[None]:
 
 def lmim_loader(folder: Path, size: int, batch: int, workers: int, steps: int) -> Iterator[Any]:
     """Read shards through lmim's loader."""
-    config = DataConfig(train=str(folder), workers=workers, crop_scale=list(SCALE), crop_ratio=list(RATIO), flip=True)
+    config = DataConfig(workers=workers, global_batch=batch, crop_scale=list(SCALE), crop_ratio=list(RATIO))
     topology = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
     return train_batches(config, ShardIndex.open(folder), seed=0, size=size, split=Split(1, batch, 1),
                          topology=topology, start_step=0, total_steps=steps)  # fmt: skip

@@ -31,6 +31,7 @@ from torch import Tensor
 from lmim.config import Config, ConfigError, DataConfig, Split
 from lmim.data.cache import ReadAhead, ShardCache, Wanted
 from lmim.data.datasets import open_source
+from lmim.data.memory import BatchMemory, Slot
 from lmim.data.nvjpeg import Undecoded, decode_views, undecoded
 from lmim.data.plan import Stream
 from lmim.data.sharding import write_shards
@@ -43,6 +44,7 @@ from lmim.randomness import sample_key
 logger = logging.getLogger(__name__)
 EMBEDDED = ("embedded:train", "embedded:eval")
 MAX_WORKERS = 16
+PREFETCH = 4  # batches that a worker is ahead
 SUBSTITUTES = 64  # how many following samples are tried in place of one that cannot be read
 RESTARTS = 3  # how often in a row loader workers that died are replaced
 
@@ -174,10 +176,9 @@ class Fetch:
             for start in starts:
                 following = pool.submit(self.fetch, start)
                 if ahead is not None:
-                    fetched = ahead.result()
+                    yield (fetched := ahead.result())
                     if read_ahead is not None:
                         read_ahead.want(self.needed(fetched.start))
-                    yield fetched
                 ahead = following
             if ahead is not None:
                 yield ahead.result()
@@ -203,19 +204,28 @@ class Decode:
 
     def __init__(self, stream: Stream, reader: ShardReader, config: DataConfig, seed: int, size: int):
         self.stream, self.reader, self.config, self.seed, self.size = stream, reader, config, seed, size
+        self.memory: BatchMemory | None = None  # where there are workers
 
     def __call__(self, fetched: Fetched) -> Batch:
+        worker = torch.utils.data.get_worker_info()
+        slot = self.memory.take(worker.id) if worker and self.memory else None
+        if slot is None:
+            return self.fill(fetched, np.empty((len(fetched.samples), self.size, self.size, 3), np.uint8))
+        return self.fill(fetched, self.memory.array(slot))._replace(images=slot)
+
+    def fill(self, fetched: Fetched, images: np.ndarray) -> Batch:
+        """Write the crops to `images` (B, S, S, 3)."""
         keys = sample_key(self.seed, fetched.epochs, fetched.sample_ids)
         ids = fetched.sample_ids.copy()
-        images = _shared_bytes(len(ids), self.size)
-        batch = Batch(fetched.start, images.permute(0, 3, 1, 2), torch.from_numpy(keys), torch.from_numpy(ids), [], [])
+        channels_last = torch.from_numpy(images).permute(0, 3, 1, 2)
+        batch = Batch(fetched.start, channels_last, torch.from_numpy(keys), torch.from_numpy(ids), [], [])
         for i, sample in enumerate(fetched.samples):
             jpeg = self._for_device(sample, i, int(keys[i]))
-            reason = "" if jpeg else self._crop(sample, int(keys[i]), images[i].numpy())
+            reason = "" if jpeg else self._crop(sample, int(keys[i]), images[i])
             if jpeg:
                 batch.undecoded.append(jpeg)
             if reason:
-                self.substitute(batch, i, reason, images[i].numpy())
+                self.substitute(batch, i, reason, images[i])
         return batch
 
     def _for_device(self, sample: Sample | Damaged, place: int, key: int) -> Undecoded | None:
@@ -260,14 +270,6 @@ class Decode:
         return batch._replace(undecoded=[])
 
 
-def _shared_bytes(batch: int, size: int) -> Tensor:
-    """Return an empty (B, S, S, 3) uint8 tensor, in memory that a worker shares with its trainer: no copy is made."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(batch, size, size, 3, dtype=torch.uint8)
-    memory = torch.UntypedStorage._new_shared(batch * size * size * 3)
-    return torch.empty(0, dtype=torch.uint8).set_(memory).view(batch, size, size, 3)
-
-
 def default_workers(topology: Topology) -> int:
     """Return a rank's share of the cores less one for itself, at most 16: none where ranks fill the cores."""
     return max(min(available_cores() // topology.local_world_size - 1, MAX_WORKERS), 0)
@@ -299,7 +301,10 @@ def train_batches(config: DataConfig, index: ShardIndex, *, seed: int, size: int
         with _started(loader) as (batches, workers):
             try:
                 for batch in batches:
+                    if isinstance(batch.images, Slot):
+                        batch = batch._replace(images=batch.images.tensor())
                     yield decode.finish(to_device(batch))
+                    del batch  # so that its memory is free for the next
                     number, deaths = number + 1, 0
             except (RuntimeError, OSError, EOFError) as error:  # the last two: batches that the dead had not handed over
                 if not _one_died(workers):
@@ -345,6 +350,8 @@ def _one_died(workers: set[BaseProcess]) -> bool:
 def _loader(config: DataConfig, index: ShardIndex, seed: int, decode: Decode, split: Split, topology: Topology,
             start: int, stop: int) -> torch.utils.data.DataLoader:  # fmt: skip
     workers = min(default_workers(topology) if config.workers is None else config.workers, stop - start)
+    # one that is filled, one that the trainer reads, and those between
+    decode.memory = BatchMemory(workers, PREFETCH + 2, split.micro_batch, decode.size) if workers else None
     fetch = Fetch(open_stream(config, index, seed), ShardReader(index), split.micro_batch)
     return torch.utils.data.DataLoader(
         wds.DataPipeline(MicroBatches(split, topology.rank, start, stop), fetch, wds.map(decode)),
@@ -352,7 +359,7 @@ def _loader(config: DataConfig, index: ShardIndex, seed: int, decode: Decode, sp
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=topology.device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
     )
 
 

@@ -232,6 +232,8 @@ class Storage:
                 raise StorageError(f"{without_secrets(url)} may not be read ({_words(error)}): "
                                    "look at the credentials") from error  # fmt: skip
             except _passing() as error:
+                if getattr(error, "status", 503) == 416:  # a range that begins beyond the end
+                    raise Damaged(f"{without_secrets(url)} is shorter than its index says") from error
                 if getattr(error, "status", 503) in REFUSED:
                     raise Damaged(f"{without_secrets(url)} is refused: {_words(error)}") from error
                 self._warn(url, error)
@@ -269,7 +271,7 @@ class Storage:
             process.stdout.close()
 
 
-REFUSED = (400, 401, 403, 404, 405, 410, 416)  # statuses of http that another try does not change
+REFUSED = (400, 401, 403, 404, 405, 410)  # statuses of http that another try does not change
 
 
 def _passing() -> tuple[type[Exception], ...]:
