@@ -17,10 +17,12 @@ LEVELS = {
     "patches": 1, "schedules": 1, "optim": 1, "dist": 1,
     "vit": 1.5,
     "objective": 2, "convert": 2, "data.transforms": 2,
-    "metrics": 2.2, "checkpoint": 2.2, "data.datasets": 2.2, "data.plan": 2.2, "data.nvjpeg": 2.2, "data.memory": 2.2,
-    "data.storage": 2.25, "data.cache": 2.3,
+    "metrics": 2.2, "checkpoint": 2.2, "data.sources": 2.2, "data.plan": 2.2, "data.nvjpeg": 2.2,
+    "data.memory": 2.2, "data.progress": 2.2, "data.storage": 2.25, "data.cache": 2.3, "data.pool": 2.3,
     "data.shards": 2.4,
-    "data.sharding": 2.6,
+    "data.archives": 2.5, "data.parquet": 2.5, "data.unfinished": 2.5,
+    "data.datasets": 2.6, "data.sharding": 2.6,
+    "data.verify": 2.7,
     "parallel": 3, "data.loader": 3,
     "parallel.local": 3.5, "parallel.deepspeed": 3.5,
     "eval.features": 4, "eval.clusters": 4,
@@ -32,7 +34,7 @@ LEVELS = {
 }  # fmt: skip
 # The choice of a backend opens the chosen one only, inside a function: the one way up.
 DEFERRED = {("parallel", "parallel.local"), ("parallel", "parallel.deepspeed")}
-OPTIONAL = ("deepspeed", "wandb", "tensorboard", "matplotlib", "sklearn", "scipy")
+OPTIONAL = ("deepspeed", "wandb", "tensorboard", "matplotlib", "sklearn", "scipy", "pyarrow")
 TOP_LEVEL = {"lmim", "configs", "launch", "tools", "tests", "docker", "README.md", "setup.cfg", "LICENSE",
              "pyproject.toml", ".ci", ".gitignore", ".dockerignore"}  # fmt: skip
 

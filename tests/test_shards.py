@@ -232,8 +232,8 @@ def test_where_no_image_is_sound_it_is_an_error_and_no_data_set(tmp_path):
 def test_a_stopped_run_leaves_no_data_set_and_what_it_was_to_overwrite(photos, tmp_path):
     source, folder = open_source(photos), tmp_path / "shards"
 
-    def stop(done, total):
-        if done == 15:
+    def stop(done):
+        if done.images == 15:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

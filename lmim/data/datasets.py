@@ -1,100 +1,130 @@
-"""Where images come from before they are sharded: folders, and the images that ship with the package.
+"""Where images come from before they are sharded: what a SRC means, IDX files, and the images of the package.
 
-Owns the list of a source's images with their keys and labels; bytes are read when asked for. The invariants: the order
-is sorted and the same everywhere; a key is ASCII without a dot (webdataset cuts names at the first one), unique in its
-source, and `urllib.parse.unquote` of it names the file.
+Owns the choice of the reader for a source; folders are read by `sources`, tars by `archives`, Parquet by `parquet`.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
-import logging
-import os
+import math
 import struct
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
 
 from lmim.config import ConfigError
-from lmim.data.transforms import IMAGE_SUFFIXES
+from lmim.data.archives import open_imagenet, open_tars
+from lmim.data.parquet import open_parquet
+from lmim.data.storage import expand as expand_addresses
+from lmim.data.sources import Images, Source, SourceImage, holds_images, open_folder
 
-logger = logging.getLogger(__name__)
+__all__ = ["EMBEDDED_SPLITS", "Source", "SourceImage", "expand", "open_source", "read_idx"]
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded" / "fashion_mnist"
 EMBEDDED_SPLITS = ("train", "eval")
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
                          "Ankle boot")  # fmt: skip
-SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "eval"))
+KINDS = ("tar", "parquet", "idx")
+WANTED = ("give a folder of images, tars, Parquet or IDX files, one such file, a glob or brace range of them, "
+          "embedded:train or embedded:eval")  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class SourceImage:
-    """One image: its key, its suffix (lower case, no dot), its label or None, and the path that a report names."""
+def open_source(spec: str | Path, *, option: str = "SRC", devkit: Path | None = None) -> Source:
+    """List the images of a source without reading them.
 
-    key: str
-    suffix: str
-    label: int | None
-    path: str
-    load: Callable[[], bytes]
-
-    def read(self) -> bytes:
-        """Return the bytes of the image file; raises OSError where it cannot be read."""
-        return self.load()
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Images in a fixed order, the names of the classes that labels count from 0 or None, and files left aside."""
-
-    name: str
-    classes: tuple[str, ...] | None
-    images: tuple[SourceImage, ...]
-    other_files: tuple[str, ...] = ()
-
-
-def open_source(spec: str | Path, *, option: str = "SRC") -> Source:
-    """List the images of 'embedded:train', 'embedded:eval', or a folder with or without class folders.
-
-    In a folder that holds no image itself, each direct subfolder is a class, in the order of their names, with images
-    at any depth. In any other folder the images, at any depth, have no labels. Hidden files are passed over. `option`
+    A source is 'embedded:train' or 'embedded:eval'; a folder of images (see `sources.open_folder`); webdataset tars,
+    Parquet files or a pair of IDX files, given as one file, a glob, a brace range or the folder that holds them; or an
+    official ImageNet archive, of which the validation images need the `devkit` archive, looked for beside it. `option`
     is what a `ConfigError` (no such folder, no images) calls the spec.
     """
-    if str(spec).partition(":")[0] == "embedded":
-        return _open_embedded(str(spec), option)
-    return _open_folder(Path(spec), option)
+    text = str(spec)
+    if text.partition(":")[0] == "embedded":
+        return _open_embedded(text, option)
+    if Path(text).is_dir() and holds_images(Path(text)):
+        return open_folder(Path(text), option)
+    paths = expand(text, option)
+    if not paths:
+        return open_folder(Path(text), option)
+    kinds = {_kind(path) for path in paths}
+    if len(kinds) > 1 or "" in kinds:
+        state = "mixes kinds of files" if len(kinds) > 1 else "is no folder and no tar, Parquet or IDX file"
+        raise ConfigError(f"{option} ({spec}) {state}: {WANTED}")
+    if kinds == {"parquet"}:
+        return open_parquet(text, paths, option)
+    if kinds == {"idx"}:
+        return _open_idx(text, paths, option)
+    return open_imagenet(paths, option, devkit) or open_tars(text, paths, option)
 
 
-def holds_images(folder: Path) -> bool:
-    """Tell whether images lie in a folder or in its direct subfolders."""
-    names = (name for pattern in ("*", "*/*") for name in folder.glob(pattern))
-    return any(_suffix(path.name) in IMAGE_SUFFIXES for path in names)
+def expand(spec: str, option: str) -> list[Path]:
+    """Return the files that a path, glob or brace range names, sorted, and of a folder those of a known kind."""
+    folder = Path(spec)
+    if folder.is_dir():
+        return sorted(path for path in folder.iterdir() if _kind(path) and not path.name.startswith("."))
+    if folder.exists():
+        return [folder]
+    paths = [Path(path) for path in expand_addresses(spec)]
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing or not paths:
+        what = f": {missing[0]}" if missing and missing[0] != spec else ""
+        raise ConfigError(f"{option} ({spec}) does not exist{what}: {WANTED}")
+    return paths
 
 
-# --- the embedded images ---------------------------------------------------------------------------------------------
+def _kind(path: Path) -> str:
+    name = path.name.removesuffix(".gz")
+    kind = "idx" if "-ubyte" in name or name.endswith(".idx") else name.rpartition(".")[2]
+    return kind if kind in KINDS and (kind == "idx" or name == path.name) else ""
+
+
+# --- IDX files, and the embedded images ------------------------------------------------------------------------------
 
 
 def _open_embedded(spec: str, option: str) -> Source:
     split = spec.partition(":")[2]
     if split not in EMBEDDED_SPLITS:
         raise ConfigError(f"{option} ({spec}) is unknown: the embedded images are embedded:train and embedded:eval")
-    images = read_idx(EMBEDDED_FOLDER / f"{split}-images.idx.gz")
-    labels = read_idx(EMBEDDED_FOLDER / f"{split}-labels.idx.gz").tolist()
-    listed = (
-        SourceImage(f"{split}-{i:05d}", "png", label, f"{spec}/{i:05d}", partial(_encode_png, image))
-        for i, (image, label) in enumerate(zip(images, labels, strict=True))
-    )
-    return Source(spec, FASHION_MNIST_CLASSES, tuple(listed))
+    images, labels = (EMBEDDED_FOLDER / f"{split}-{kind}.idx.gz" for kind in ("images", "labels"))
+    return _idx_source(spec, split, images, read_idx(images).shape, read_idx(labels), FASHION_MNIST_CLASSES)
+
+
+def _open_idx(spec: str, paths: list[Path], option: str) -> Source:
+    images = [path for path in paths if "images" in path.name]
+    if len(images) != 1:
+        found = ", ".join(path.name for path in images) or "none with 'images' in its name"
+        raise ConfigError(f"{option} ({spec}) must be one IDX file of images, but holds {found}: give the one to take")
+    name = images[0].name.replace("images", "labels").replace("idx3", "idx1").replace("idx4", "idx1")
+    stem = images[0].with_name(name.removesuffix(".gz"))
+    beside = next((path for path in (stem, stem.with_name(stem.name + ".gz")) if path.exists()), None)
+    try:
+        pixels, labels = read_idx(images[0]), None if beside is None else read_idx(beside)
+    except (ValueError, OSError, EOFError, struct.error) as error:
+        raise ConfigError(f"{option} ({spec}) cannot be read: {error}: download it again") from error
+    if pixels.ndim not in (3, 4) or (labels is not None and labels.shape != pixels.shape[:1]):
+        shapes = f"{pixels.shape} images" + ("" if labels is None else f" and {labels.shape} labels")
+        raise ConfigError(f"{option} ({spec}) holds {shapes}: wanted (N, height, width[, 3]) and (N,)")
+    classes = None if labels is None else tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
+    return _idx_source(spec, images[0].name.partition(".")[0], images[0], pixels.shape, labels, classes)
+
+
+def _idx_source(spec: str, stem: str, path: Path, shape: tuple[int, ...], labels: np.ndarray | None,
+                classes: tuple[str, ...] | None) -> Source:  # fmt: skip
+    size = math.prod(shape[1:])
+
+    def image(i: int) -> SourceImage:
+        label = None if labels is None else int(labels[i])
+        return SourceImage(f"{stem}-{i:05d}", "png", label, f"{spec}/{i:05d}", partial(_idx_png, path, i), size)
+
+    return Source(spec, classes, Images(shape[0], image))
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Return the uint8 array of a gzip'd IDX file (the format of MNIST); raises ValueError where it is none."""
-    data = gzip.decompress(path.read_bytes())
+    """Return the uint8 array of an IDX file (the format of MNIST), gzip'd or not; ValueError where it is none."""
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
     kind, dims = struct.unpack_from(">HBB", data)[1:]
     if data[:2] != b"\0\0" or kind != 8:
         raise ValueError(f"{path} is no IDX file of bytes: it starts with {data[:4].hex()}")
@@ -102,77 +132,10 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
-def _encode_png(pixels_HW: np.ndarray) -> bytes:
+_idx_in_use = lru_cache(maxsize=1)(read_idx)
+
+
+def _idx_png(path: Path, i: int) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(pixels_HW).save(out, "PNG")
+    Image.fromarray(_idx_in_use(path)[i]).save(out, "PNG")
     return out.getvalue()
-
-
-# --- folders ---------------------------------------------------------------------------------------------------------
-
-
-def _open_folder(folder: Path, option: str) -> Source:
-    if not folder.is_dir():
-        state = "is no folder" if folder.exists() else "does not exist"
-        raise ConfigError(f"{option} ({folder}) {state}: give a folder of images, embedded:train or embedded:eval")
-    try:
-        found = sorted(_walk(folder, ()))
-    except OSError as error:
-        raise ConfigError(f"{option} ({folder}) cannot be read: {error.strerror}: {error.filename}") from error
-    paths = [parts for parts in found if _suffix(parts[-1]) in IMAGE_SUFFIXES]
-    others = tuple("/".join(parts) for parts in found if _suffix(parts[-1]) not in IMAGE_SUFFIXES)
-    if not paths:
-        allowed = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ConfigError(f"{option} ({folder}) holds no images: give a folder of files ending in {allowed}")
-    classes = _class_names(folder, paths, option)
-    number = {name: label for label, name in enumerate(classes or ())}
-    listed = (
-        SourceImage(key, _suffix(parts[-1]), number.get(parts[0]), "/".join(parts),
-                    partial(Path.read_bytes, folder.joinpath(*parts)))
-        for key, parts in zip(_keys(paths), paths, strict=True)
-    )  # fmt: skip
-    return Source(str(folder), classes, tuple(listed), others)
-
-
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Yield the path of every file that is not hidden, in parts; links are followed, but never back to where we are."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from ((entry.name, *parts) for parts in _walk(Path(entry.path), (*above, real)))
-            else:
-                yield (entry.name,)
-
-
-def _class_names(folder: Path, paths: list[tuple[str, ...]], option: str) -> tuple[str, ...] | None:
-    if any(len(parts) == 1 for parts in paths):
-        return None
-    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    if all(name.lower() in SPLIT_NAMES for name in names):
-        raise ConfigError(f"{option} ({folder}) holds splits, not classes ({', '.join(names)}): "
-                          f"shard each by itself, starting with {folder / names[0]}")  # fmt: skip
-    empty = set(names) - {parts[0] for parts in paths}
-    if empty:
-        logger.warning("%s: class folders without images: %s", folder, ", ".join(sorted(empty)))
-    return names
-
-
-def _keys(paths: list[tuple[str, ...]]) -> list[str]:
-    """Return 'n01/photo' for n01/photo.jpg, and 'n01/photo%2Ejpg' where there is an n01/photo.png, too."""
-    stems = [_quoted("/".join(parts).rpartition(".")[0]) for parts in paths]
-    count = Counter(stems)
-    return [stem if count[stem] == 1 else _quoted("/".join(parts)) for stem, parts in zip(stems, paths, strict=True)]
-
-
-def _quoted(path: str) -> str:
-    """Return a path with all but letters, digits and '/ _-~' percent-encoded, so that it fits any tar and system."""
-    return quote(os.fsencode(path), safe="/ ").replace(".", "%2E")
-
-
-def _suffix(name: str) -> str:
-    return name.rpartition(".")[2].lower() if "." in name else ""

@@ -27,15 +27,16 @@ import numpy as np
 import xxhash
 
 from lmim.config import ConfigError
-from lmim.data.datasets import holds_images
 from lmim.data.plan import Recent
 from lmim.data.cache import ShardCache, Wanted
+from lmim.data.sources import holds_images
 from lmim.data.storage import PIPE, Damaged, Storage, expand, is_remote, without_secrets
 from lmim.data.transforms import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 FORMAT, VERSION = "lmim-shards", 2
 INDEX = "index.json"
+UNFINISHED = "unfinished"  # the folder in a data set's folder that holds its shards while they are written
 MAX_MEMBER = 256 << 20  # bytes
 BLOCK = 512  # bytes: tar's unit
 OPEN_TABLES = 256  # kept at a time by an index; a shard of 10,000 samples takes 0.7 MB
@@ -146,6 +147,9 @@ class ShardIndex:
             index = _read_index(location, option, storage)
             index.check_files(option, max_bad_fraction)
             return index
+        if (folder / UNFINISHED).is_dir():
+            raise ConfigError(f"{option} ({folder}) holds no shards yet, they are being written: if that was stopped, "
+                              "start tools/shard_images.py again with the same options to go on")  # fmt: skip
         tars = sorted(folder.glob("*.tar"))
         if tars:
             return _scan_tars([str(path) for path in tars], option, storage)
@@ -293,53 +297,69 @@ def _scan_tars(paths: list[str], option: str, storage: Storage) -> ShardIndex:
     return ShardIndex(folder, shards, tables=tables, storage=storage)
 
 
-def scan_tar(path: Path) -> ShardTable:
+def scan_tar(path: str | Path, file: BinaryIO | None = None) -> ShardTable:
     """Return where the images of a plain webdataset tar lie, from its headers.
 
     Members in a row with one key are a sample, of which the first member with an image's suffix counts, and `cls` where
-    it holds an integer. Raises `ConfigError` for a compressed, damaged or truncated tar and for unsafe members.
+    it holds an integer. `file`, if given, is read in place of the local file `path`: any that seeks. Raises
+    `ConfigError` for a compressed, damaged or truncated tar and for unsafe members.
     """
+    if file is None:
+        try:
+            with open(path, "rb") as local:
+                return scan_tar(path, local)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     rows: list[tuple[bytes, bytes, int, int, int]] = []
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            members = _safe_members(tar, file, path)
-            for key, sample in itertools.groupby(members, key=lambda member: member[0]):
-                image, label = None, -1
-                for _, suffix, member in sample:
-                    if suffix in IMAGE_SUFFIXES and image is None:
-                        image = (suffix.encode(), member.offset_data, member.size)
-                    elif suffix == "cls":
-                        label = _label(os.pread(file.fileno(), member.size, member.offset_data))
-                if image is not None:
-                    rows.append((key.encode(errors="surrogateescape"), *image, label))
-    except (tarfile.TarError, OSError) as error:
-        raise ConfigError(f"{path} is no uncompressed tar or is damaged ({error}): make it again") from error
+    for key, sample in itertools.groupby(tar_members(file, str(path)), key=lambda member: member[0]):
+        image, label = None, -1
+        for _, suffix, member in sample:
+            if suffix in IMAGE_SUFFIXES and image is None:
+                image = (suffix.encode(), member.offset_data, member.size)
+            elif suffix == "cls":
+                label = _label(_read_at(file, member.offset_data, member.size))
+        if image is not None:
+            rows.append((key.encode(errors="surrogateescape"), *image, label))
     keys, suffixes, offsets, sizes, labels = zip(*rows, strict=True) if rows else ((),) * 5
     numbers = (np.array(column, np.int64) for column in (offsets, sizes, labels))
     return ShardTable(np.array(keys, np.bytes_), np.array(suffixes, np.bytes_), *numbers,
                       checksums=np.full(len(rows), -1, np.int64))  # fmt: skip
 
 
-def _safe_members(tar: tarfile.TarFile, file: BinaryIO, path: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yield (key, suffix, member) of the regular members; ConfigError for what no data set should hold."""
-    end = 0
-    for member in tar:
-        wrong = None
-        if member.name.startswith("/") or ".." in member.name.split("/"):
-            wrong = "has a name that points outside"
-        elif not (member.isreg() or member.isdir()) or member.issparse():
-            wrong = "is no regular file"
-        elif member.size > MAX_MEMBER:
-            wrong = f"has {member.size} bytes, more than the {MAX_MEMBER} allowed"
-        if wrong:
-            raise ConfigError(f"{path}: member {member.name!r} {wrong}: make the tar again without it")
-        end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-        match = MEMBER.fullmatch(member.name)
-        if member.isreg() and match:
-            yield match[1], match[2].lower(), member
-    # tarfile takes damage in the middle of a tar for its end: the end is a block of zeros
-    if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):
-        raise ConfigError(f"{path} is damaged or cut off at byte {end}: copy or make it again")
+def tar_members(file: BinaryIO, name: str, start: int = 0) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield (key, suffix, member) of the regular members of a tar that begins at byte `start` of a file.
+
+    Offsets count from the file's beginning. Raises `ConfigError`, which calls the tar `name`, for what is damaged, cut
+    off or compressed, and for what no data set should hold.
+    """
+    end = start
+    try:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                wrong = None
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    wrong = "has a name that points outside"
+                elif not (member.isreg() or member.isdir()) or member.issparse():
+                    wrong = "is no regular file"
+                elif member.size > MAX_MEMBER:
+                    wrong = f"has {member.size} bytes, more than the {MAX_MEMBER} allowed"
+                if wrong:
+                    raise ConfigError(f"{name}: member {member.name!r} {wrong}: make the tar again without it")
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                match = MEMBER.fullmatch(member.name)
+                if member.isreg() and match:
+                    yield match[1], match[2].lower(), member
+        # tarfile takes damage in the middle of a tar for its end: the end is a block of zeros
+        if _read_at(file, end, BLOCK) != bytes(BLOCK):
+            raise ConfigError(f"{name} is damaged or cut off at byte {end}: copy or make it again")
+    except (tarfile.TarError, OSError) as error:
+        raise ConfigError(f"{name} is no uncompressed tar or is damaged ({error}): make it again") from error
+
+
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
 
 
 def _label(text: bytes) -> int:
