@@ -114,6 +114,15 @@ def test_what_is_missing_or_too_short_is_damaged_and_the_rest_is_read(server, fi
     assert "No such file" in str(local[0]) and "shorter" in str(local[1])
 
 
+def test_trouble_of_the_host_is_no_damage_of_the_data(files, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "pread", refuse)
+    with pytest.raises(StorageError, match=r"1\.tar cannot be read: Too many open files"):
+        Storage(QUICK).read_ranges([(str(files / "1.tar"), 0, 5)])
+
+
 def test_a_refusal_of_credentials_ends_the_read_at_once(server):
     server.always = {"1.tar": 403}
     began = time.monotonic()
@@ -207,10 +216,7 @@ def shards_of(files: Path, url: str) -> list[Wanted]:
 
 
 def cache_of(folder: Path, limit_bytes: int = 10**9) -> ShardCache:
-    storage = Storage(QUICK)
-    cache = ShardCache(folder, limit_bytes, storage)
-    storage.cached = cache.path
-    return cache
+    return ShardCache(folder, limit_bytes, Storage(QUICK))
 
 
 def kept_bytes(folder: Path) -> int:
@@ -334,6 +340,15 @@ def test_a_full_disk_is_no_end(server, files, tmp_path, monkeypatch, caplog):
     assert caplog.text.count("No space left") == 1
     wanted = ranges(server, 4)
     assert cache.storage.read_ranges(wanted) == truth(files, wanted)
+
+
+def test_another_data_set_at_the_same_address_is_not_read_from_old_copies(server, files, tmp_path):
+    old = ShardCache(tmp_path / "cache", 10**9, Storage(QUICK), version="one")
+    shard = shards_of(files, server.url)[0]
+    assert old.bring(shard)
+    (files / "0.tar").write_bytes(bytes(100_000))
+    new = ShardCache(tmp_path / "cache", 10**9, Storage(QUICK), version="other")
+    assert new.path(shard.url) is None and new.storage.read_ranges([(shard.url, 0, 9)]) == [bytes(9)]
 
 
 def test_a_cache_travels_to_a_worker_process(server, files, tmp_path):

@@ -35,11 +35,15 @@ class Wanted(NamedTuple):
 
 
 class ShardCache:
-    """Copies of remote shards in a folder that holds at most `limit_bytes`."""
+    """Copies of remote shards in a folder that holds at most `limit_bytes`; `storage` then reads from them.
 
-    def __init__(self, folder: Path, limit_bytes: int, storage: Storage):
-        self.folder, self.limit_bytes, self.storage = folder, limit_bytes, storage
+    `version` is the data set's fingerprint: another data set at the same address has copies of its own.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int, storage: Storage, version: str = ""):
+        self.folder, self.limit_bytes, self.storage, self.version = folder, limit_bytes, storage, version
         folder.mkdir(parents=True, exist_ok=True)
+        storage.cached = self.path
 
     def path(self, url: str) -> Path | None:
         """Return the copy of a shard, marked as used, or None where there is none."""
@@ -76,7 +80,7 @@ class ShardCache:
         return True
 
     def _place(self, url: str) -> Path:
-        return self.folder / (hashlib.sha256(url.encode()).hexdigest()[:32] + ".tar")
+        return self.folder / (hashlib.sha256(f"{self.version} {url}".encode()).hexdigest()[:32] + ".tar")
 
     def _reserve(self, part: Path, size: int, keep: set[str]) -> bool:
         """Make an empty file of `size` bytes, for which room is made, or return False."""

@@ -89,17 +89,14 @@ def _sharded(spec: str, run_folder: Path) -> str:
 def open_data(config: Config, topology: Topology) -> tuple[ShardIndex | None, ShardIndex | None]:
     """Open `data.train` and `data.eval` on every rank; embedded images are sharded by the first."""
     folder, data = Path(config.run.folder), config.data
-    storage = open_storage(data)
 
     def open_both() -> tuple[ShardIndex | None, ShardIndex | None]:
-        train = open_shards("data.train", data.train, folder, storage, data.max_bad_fraction)
-        test = open_shards("data.eval", data.eval, folder, storage)
-        if data.cache:
-            cache = ShardCache(Path(data.cache), int(data.cache_gb * 1e9), storage)
-            storage.cached = cache.path
-            for index in (train, test):
-                if index is not None:
-                    index.cache = cache
+        train = open_shards("data.train", data.train, folder, open_storage(data), data.max_bad_fraction)
+        test = open_shards("data.eval", data.eval, folder, open_storage(data))
+        for index in (train, test):
+            if index is not None and data.cache:
+                limit_bytes = int(data.cache_gb * 1e9)
+                index.cache = ShardCache(Path(data.cache), limit_bytes, index.storage, index.fingerprint)
         return train, test
 
     found = open_both() if topology.is_main else (None, None)

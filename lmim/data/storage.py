@@ -10,6 +10,7 @@ A `Storage` may be forked or pickled: connections belong to the process and the 
 
 from __future__ import annotations
 
+import errno
 import glob
 import logging
 import os
@@ -36,6 +37,7 @@ AT_ONCE = 32  # requests in flight per process
 CHUNK_BYTES = 16 << 20  # of a whole object
 FIRST_WAIT_S, LONGEST_WAIT_S, WARN_EVERY_S = 0.25, 20.0, 30.0
 PIPE = "pipe:"
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # what is wrong with a local file itself
 
 
 class Damaged(ValueError):
@@ -162,7 +164,10 @@ class Storage:
         try:
             data = os.pread(self._file(path).fileno(), stop - start, start)
         except OSError as error:
-            return Damaged(f"{path} cannot be read: {error.strerror}")
+            words = f"{path} cannot be read: {error.strerror}"
+            if error.errno in LOST:
+                return Damaged(words)
+            raise StorageError(words) from error  # too many open files, no rights: no other sample would help
         return data if len(data) == stop - start else Damaged(f"{path} is shorter than its index says")
 
     # --- remote ---
