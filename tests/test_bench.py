@@ -40,7 +40,7 @@ def test_data_measures_every_row_and_records_it(bench, photos, tmp_path, capsys)
     assert os.sched_getaffinity(0) == cores
     (path,) = (tmp_path / "results").glob("data_*.json")
     record = json.loads(path.read_text())
-    assert record["settings"]["images_per_round"] == 16
+    assert record["settings"]["images_per_round"] == 40
     assert record["machine"]["versions"]["torch"] and len(record["commit"]) >= 40
     printed = capsys.readouterr().out
     assert str(path) in printed

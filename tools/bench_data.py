@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ from lmim.data.datasets import open_source
 from lmim.data.loader import train_batches
 from lmim.data.sharding import write_shards
 from lmim.data.shards import ShardIndex, ShardReader
+from lmim.data.sources import Source
 from lmim.data.transforms import DECODERS, train_view
 from lmim.dist import Topology
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 SHORT_SIDE, QUALITY = 320, 90
-WARMUP_BATCHES = 2
+WARMUP_BATCHES = 8  # a loader's memory has then been touched, and its queue is full
+COPIES = 3  # of each photo, so that there are batches to measure after those
 SAMPLES_PER_SHARD = 100
 USUAL, TURBO = "PIL + torchvision", f"lmim {DECODERS[0]}"
 
@@ -192,12 +195,18 @@ def rows_of(files: str, shards: Path, scratch: Path, *, size: int, batch: int, s
     return rows
 
 
+def repeated(photos: Source) -> Source:
+    """Return a source with every image several times, under other keys."""
+    images = [replace(image, key=f"{image.key}-{n}") for n in range(COPIES) for image in photos.images]
+    return replace(photos, images=images, groups=None)
+
+
 def run_data(options: argparse.Namespace) -> int:
     """Run `bench.py data` and return its exit code."""
     logging.getLogger("streaming").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     try:
-        photos = open_source(options.photos, option="--photos")
+        photos = repeated(open_source(options.photos, option="--photos"))
     except ConfigError as error:
         print(f"bench: {error}; make_photos.py makes the photos", file=sys.stderr)
         return 2
@@ -228,7 +237,8 @@ def run_data(options: argparse.Namespace) -> int:
         },
     )
     if options.json:
-        settings = dict(photos=len(photos.images), size_px=options.size, batch=options.batch, rounds=options.rounds,
+        settings = dict(photos=len(photos.images) // COPIES, copies=COPIES, size_px=options.size,
+                        batch=options.batch, rounds=options.rounds,
                         images_per_round=timed * options.batch, crop_scale=SCALE, crop_ratio=RATIO,
                         short_side_px=SHORT_SIDE, jpeg_quality=QUALITY)  # fmt: skip
         print(write_record("data", rows, **settings))
