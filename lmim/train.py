@@ -131,6 +131,9 @@ class Run:
                 f"data.train ({self.config.data.train}) is not the data this run was trained on (its shards' checksums "
                 f"differ from {path}'s): give that data, or another run.folder"
             )
+        if position.samples != position.step * self.config.data.global_batch:
+            raise ConfigError(f"{path} stands at sample {position.samples}, which is not the end of its step "
+                              f"{position.step}: delete it to go on from an older one")  # fmt: skip
         if self.config.objective.similarity_weight and position.micro_batch != self.split.micro_batch:
             logger.warning(
                 "micro batch is %d, not %d as before: the similarity penalty averages over a micro-batch, so losses "
@@ -146,7 +149,7 @@ class Run:
         return position.step
 
     def open_sinks(self, start: int) -> None:
-        self.start = start
+        self.start, self.cursor = start, start * self.config.data.global_batch
         self.meters = Meters(self.topology, self.config.data.global_batch)
         self.unreadable = UnreadableLog(self.folder, self.topology.rank)
         self.sinks: list[Any] = []
@@ -209,8 +212,7 @@ class Run:
     def save(self, done: int) -> None:
         state = self.backend.state()
         if self.topology.is_main:
-            samples = done * self.config.data.global_batch
-            position = checkpoint.Position(done, samples, self.train_index.fingerprint, self.split.micro_batch)
+            position = checkpoint.Position(done, self.cursor, self.train_index.fingerprint, self.split.micro_batch)
             path = checkpoint.save(
                 self.folder, position, self.config, state.weights, state.optimizer, self.config.checkpoint.keep
             )
@@ -315,6 +317,7 @@ def next_batch(batches: Iterator[Batch], run: Run, step: int) -> Batch:
     """Return the next micro-batch, on the device, counting the wait for it and naming what could not be read."""
     began = time.perf_counter()
     batch = next(batches)
+    run.cursor = batch.cursor
     run.meters.waited(time.perf_counter() - began)
     run.meters.skipped(len(batch.skipped))
     for skip in batch.skipped:

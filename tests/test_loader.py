@@ -166,6 +166,12 @@ def test_ranks_and_workers_share_out_every_position_once(samples, seed, ranks, w
     assert [sample_id for step in found for sample_id in step] == expected
 
 
+def test_every_batch_comes_with_the_cursor_to_go_on_from(uneven):
+    batches = train_batches(DataConfig(workers=1, global_batch=ODD_BATCH), uneven, seed=5, size=8, split=Split(1, 4, 3),
+                            topology=Topology(0, 1, 0, 1, CPU, "none"), start_step=2, total_steps=4)  # fmt: skip
+    assert [batch.cursor for batch in batches] == [24, 24, 36, 36, 36, 48]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_resume_after_any_batch_on_other_ranks_and_workers(uneven, seed):
     draws = np.random.default_rng(seed)

@@ -115,12 +115,15 @@ class Batch(NamedTuple):
     """One micro-batch: crops (B, 3, S, S) uint8 in channels-last memory, keys and sample ids (B,) int64.
 
     `skipped` are the samples that could not be read; others stand in their places, with the keys of those places.
+    `cursor` is how many positions of the stream all ranks' whole steps have taken once this batch is done: from there a
+    run goes on.
     """
 
     images: Tensor
     keys: Tensor
     sample_ids: Tensor
     skipped: list[Unreadable]
+    cursor: int
 
 
 class Fetched(NamedTuple):
@@ -272,7 +275,7 @@ class Receive:
         self.decode, self.device = decode, device
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, filled: Filled) -> Batch:
+    def __call__(self, filled: Filled, cursor: int) -> Batch:
         images = filled.images.tensor() if isinstance(filled.images, Slot) else filled.images
         keys = torch.from_numpy(filled.keys)
         if self.side is not None:
@@ -281,7 +284,7 @@ class Receive:
             out = np.empty((self.decode.size, self.decode.size, 3), np.uint8)
             self.decode.substitute(filled, place, f"sample {filled.sample_ids[place]}: broken JPEG", out)
             images[place] = torch.from_numpy(out).permute(2, 0, 1).to(self.device)
-        return Batch(images, keys, torch.from_numpy(filled.sample_ids), filled.skipped)
+        return Batch(images, keys, torch.from_numpy(filled.sample_ids), filled.skipped, cursor)
 
     def _moved(self, *tensors: Tensor) -> list[Tensor]:
         with torch.cuda.stream(self.side):
@@ -324,8 +327,10 @@ def train_batches(config: DataConfig, index: ShardIndex, *, seed: int, size: int
         with _started(loader) as (batches, workers):
             try:
                 for filled in batches:
-                    yield receive(filled)
+                    batch = receive(filled, (number + 1) // split.accumulate * config.global_batch)
                     number, deaths = number + 1, 0
+                    yield batch
+                    del batch  # so that its memory is free for the next
             except (RuntimeError, OSError, EOFError) as error:  # the last two: batches that the dead had not handed over
                 if not _one_died(workers):
                     raise
