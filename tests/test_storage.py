@@ -18,6 +18,7 @@ import pytest
 from lmim.config import ConfigError
 from lmim.data.cache import ReadAhead, ShardCache, Wanted
 from lmim.data.storage import Damaged, Storage, StorageError, StorageOptions, expand, without_secrets
+from tests.conftest import free_port
 from tests.servers import serving
 
 QUICK = StorageOptions(timeout_s=1.0, retry_s=5.0)
@@ -172,6 +173,29 @@ def test_s3(files, monkeypatch):
         assert storage.read("s3://photos/train/4.tar") == (files / "4.tar").read_bytes()
         assert storage.size("s3://photos/train/4.tar") == 100_000
         found = storage.read_ranges([("s3://photos/train/no.tar", 0, 5), ("s3://photos/train/1.tar", 99_999, 100_002)])
+        assert "does not exist" in str(found[0]) and "shorter" in str(found[1])
+    finally:
+        server.stop()
+
+
+def test_gs(files, monkeypatch):
+    import urllib.request
+
+    from gcp_storage_emulator.server import create_server
+
+    port = free_port()
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="photos")
+    server.start()
+    try:
+        address = f"http://127.0.0.1:{port}"
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        upload = f"{address}/upload/storage/v1/b/photos/o?uploadType=media&name=train/1.tar"
+        urllib.request.urlopen(urllib.request.Request(upload, (files / "1.tar").read_bytes(), method="POST"))
+        storage, url = Storage(QUICK), "gs://photos/train/1.tar"
+        wanted = [(url, 10 * n, 10 * n + 3000) for n in range(10)]
+        assert storage.read_ranges(wanted) == truth(files, wanted)
+        assert storage.read(url) == (files / "1.tar").read_bytes() and storage.size(url) == 100_000
+        found = storage.read_ranges([("gs://photos/train/no.tar", 0, 5), (url, 99_999, 100_002)])
         assert "does not exist" in str(found[0]) and "shorter" in str(found[1])
     finally:
         server.stop()
