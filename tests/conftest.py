@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import socket
@@ -28,10 +29,13 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def same_environment_after():
-    """Undo what starting a process group leaves in the environment, and keep torch to one thread."""
-    before = dict(os.environ)
+    """Undo what starting a process group or a run leaves in the environment and the log; keep torch to one thread."""
+    before, log = dict(os.environ), logging.getLogger("lmim")
+    logged = (log.handlers[:], log.propagate, log.level)
     torch.set_num_threads(1)
     yield
+    log.handlers[:], log.propagate = logged[:2]
+    log.setLevel(logged[2])
     os.environ.clear()
     os.environ.update(before)
 
