@@ -53,7 +53,8 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if options.ranks < 1 or options.batch < 1 or options.batch % options.ranks:
         raise ConfigError(f"--batch ({options.batch}) must be a multiple of --ranks ({options.ranks}), both above 0")
     config = DataConfig(train=options.data, workers=options.workers, global_batch=options.batch,
-                        weights=options.weights, block_shards=options.block_shards, lanes=options.lanes, tail=options.tail)  # fmt: skip
+                        weights=options.weights, block_shards=options.block_shards, lanes=options.lanes,
+                        tail=options.tail)  # fmt: skip
     split = validate(Config(data=config), options.ranks)
     index = open_shards("DATA", options.data, Path("."))
     assert index is not None
