@@ -53,6 +53,13 @@ def test_a_table_for_people_and_one_line_for_mistakes(shards):
     "words, text",
     [
         (["--batch", 10, "--ranks", 3], "--batch (10) must be a multiple of --ranks (3), both above 0"),
+        (["--lanes", 0], "data.lanes (0) must be above 0"),
+        (
+            ["--weights", 1, 2, "--workers", 0],
+            "data.weights ([1.0, 2.0]) must be one number for each of the 1 in data.train",
+        ),
+        (["--epoch", -1], "--epoch (-1) must be 0 or above"),
+        (["--tail", "drop"], "--tail (drop) leaves nothing of 100 images, less than --batch (256)"),
         (["--epoch", 2, "--from", 5], "--from (5) is not in epoch 2, which is [200, 300)"),
     ],
 )

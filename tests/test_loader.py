@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -292,6 +293,61 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(index, caplog):
     assert ids == stream(index, steps=60)[0].tolist()
     assert caplog.text.count("a loader worker died and is replaced") == 2
     assert not multiprocessing.active_children()
+
+
+def jpeg_stream(folder: Path, steps: int):
+    """Batches of 16 whose JPEGs, 0.5 MB a batch, go to the device: more than a pipe between processes holds."""
+    noise = np.random.default_rng(0)
+    with wds.TarWriter(str(folder / "a.tar")) as tar:
+        for number in range(40):
+            tar.write({"__key__": f"{number:02d}", "jpg": noise.integers(0, 256, (200, 200, 3), np.uint8)})
+    return train_batches(
+        DataConfig(workers=2, global_batch=16, decoder="nvjpeg"), ShardIndex.open(folder), seed=5, size=8,
+        split=Split(1, 16, 1), topology=Topology(0, 1, 0, 1, CPU, "none"), start_step=0, total_steps=steps,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_worker_killed_while_it_hands_over_is_replaced(tmp_path, which):
+    batches = jpeg_stream(tmp_path, 12)
+    next(batches)
+    time.sleep(2)  # until the pipe is full and a worker in the middle of a batch
+    workers = sorted(multiprocessing.active_children(), key=lambda worker: worker.pid)
+    os.kill(workers[which].pid, signal.SIGKILL)
+    assert len(list(batches)) == 11
+
+
+def test_workers_end_when_their_trainer_is_killed(tmp_path):
+    report, send = multiprocessing.Pipe(duplex=False)
+
+    def train():
+        next(batches := jpeg_stream(tmp_path, 100))
+        time.sleep(2)
+        send.send([worker.pid for worker in multiprocessing.active_children()])
+        time.sleep(60)
+        batches.close()
+
+    trainer = multiprocessing.get_context("fork").Process(target=train)
+    trainer.start()
+    pids = report.recv()
+    trainer.kill()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+              for pid in pids):  # fmt: skip
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_worker_that_dies_after_an_evaluation_does_not_break_into_a_step(index):
+    list(eval_batches(index, np.arange(8), resize=8, crop=8, batch=4, workers=1))
+    batches = train_batches(
+        DataConfig(workers=1, global_batch=BATCH), index, seed=5, size=10, split=Split(1, BATCH, 1),
+        topology=Topology(0, 1, 0, 1, CPU, "none"), start_step=0, total_steps=40,
+    )  # fmt: skip
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    time.sleep(0.5)  # a step; torch's handler of SIGCHLD would raise here
+    assert len(list(batches)) == 39
 
 
 def test_workers_end_with_the_loader_even_where_they_ignore_signals(index):

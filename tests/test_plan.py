@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
+import sys
 import tracemalloc
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,8 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from lmim.data.plan import PERIOD, EpochPlan, Stream
+from lmim.config import DataConfig
+from lmim.data.datasets import Source, SourceImage
+from lmim.data.loader import open_shards, open_stream
+from lmim.data.plan import PERIOD, EpochPlan, Recent, Stream
+from lmim.data.sharding import write_shards
 from lmim.data.shards import FORMAT, VERSION, ShardIndex
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 
 
 def starts(*samples: int) -> np.ndarray:
@@ -196,6 +207,31 @@ def test_unweighted_sources_are_one_data_set():
     one = Stream(starts(10, 20, 30), seed=0, global_batch=7).at(0, 120)
     several = Stream(starts(10, 20, 30), seed=0, global_batch=7, parts=(0, 2)).at(0, 120)
     assert one[1].tolist() == several[1].tolist()
+
+
+def test_one_source_may_have_parts_and_a_weight(tmp_path):
+    for name, count in (("a", 3), ("b", 5)):
+        images = tuple(SourceImage(f"{i}", "png", None, f"{i}", lambda: PNG) for i in range(count))
+        write_shards(Source(name, None, images), tmp_path / name, samples_per_shard=2)
+    config = DataConfig(train=[f"{tmp_path}/{{a,b}}"], weights=[2.0], global_batch=4, tail="drop")
+    index = open_shards("data.train", config.train, tmp_path)
+    assert sorted(open_stream(config, index, 0).at(0, 8)[1].tolist()) == list(range(8))
+
+
+def test_values_kept_for_threads_are_theirs():
+    """Threads that push each other's values out get their own all the same."""
+    recent = Recent(2)
+
+    def ask(thread: int) -> bool:
+        return all(recent.get_or_make((thread, n % 3), lambda key: key) == (thread, n % 3) for n in range(20_000))
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(ask, range(4)))
+    finally:
+        sys.setswitchinterval(switch)
 
 
 # --- size ------------------------------------------------------------------------------------------------------------

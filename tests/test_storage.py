@@ -17,6 +17,7 @@ import pytest
 
 from lmim.config import ConfigError
 from lmim.data.cache import ReadAhead, ShardCache, Wanted
+from lmim.data.shards import ShardIndex
 from lmim.data.storage import Damaged, Storage, StorageError, StorageOptions, expand, without_secrets
 from tests.conftest import free_port
 from tests.servers import serving
@@ -348,6 +349,36 @@ def test_read_ahead_brings_what_is_needed_in_order_and_troubles_are_not_fatal(se
         if cache.path(shards[6].url):
             break
     assert cache.path(shards[5].url) and cache.path(shards[6].url)
+
+
+def test_a_copy_removed_a_moment_ago_is_read_from_where_the_shard_lies(server, files, tmp_path):
+    storage = Storage(QUICK)
+    storage.cached = lambda url: tmp_path / "gone.tar"
+    wanted = ranges(server, 4)
+    assert storage.read_ranges(wanted) == truth(files, wanted)
+
+
+def test_copies_that_were_removed_are_not_held_open(server, files, tmp_path):
+    cache, shards = cache_of(tmp_path / "cache", 350_000), shards_of(files, server.url)
+    for shard in shards:
+        assert cache.bring(shard)
+        assert cache.storage.read_ranges([(shard.url, 0, 9)]) == truth(files, [(shard.url, 0, 9)])
+    names = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [name for name in names if str(tmp_path) in name]
+
+
+def test_a_shard_without_room_pushes_nothing_out(server, files, tmp_path):
+    cache, shards = cache_of(tmp_path / "cache", 350_000), shards_of(files, server.url)
+    assert all(cache.bring(shard) for shard in shards[:3])
+    assert not cache.bring(shards[4]._replace(bytes=400_000))
+    assert not cache.bring(shards[4], keep=[shard.url for shard in shards[:3]])
+    assert all(cache.path(shard.url) for shard in shards[:3])
+
+
+def test_complaints_about_an_index_hide_the_password(server):
+    with pytest.raises(ConfigError, match="has no index") as caught:
+        ShardIndex.open(server.url.replace("//", "//user:word@"), option="data.train")
+    assert "word" not in str(caught.value)
 
 
 def test_a_full_disk_is_no_end(server, files, tmp_path, monkeypatch, caplog):

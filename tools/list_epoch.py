@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lmim.config import ConfigError, DataConfig, Split
+from lmim.config import Config, ConfigError, DataConfig, validate
 from lmim.data.loader import DataError, open_shards, open_stream, train_batches
 from lmim.data.transforms import CROP, FLIP
 from lmim.dist import Topology
@@ -52,17 +52,22 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield one dictionary a sample, in the order of the stream."""
     if options.ranks < 1 or options.batch < 1 or options.batch % options.ranks:
         raise ConfigError(f"--batch ({options.batch}) must be a multiple of --ranks ({options.ranks}), both above 0")
-    config = DataConfig(workers=options.workers, global_batch=options.batch, weights=options.weights,
-                        block_shards=options.block_shards, lanes=options.lanes, tail=options.tail)  # fmt: skip
+    config = DataConfig(train=options.data, workers=options.workers, global_batch=options.batch,
+                        weights=options.weights, block_shards=options.block_shards, lanes=options.lanes,
+                        tail=options.tail)  # fmt: skip
+    split = validate(Config(data=config), options.ranks)
     index = open_shards("DATA", options.data, Path("."))
     assert index is not None
     length = open_stream(config, index, options.seed).epoch_samples
+    if options.epoch < 0:
+        raise ConfigError(f"--epoch ({options.epoch}) must be 0 or above")
+    if not length:
+        raise ConfigError(f"--tail (drop) leaves nothing of {len(index)} images, less than --batch ({options.batch})")
     start, stop = options.epoch * length, (options.epoch + 1) * length
     cursor = start if options.cursor is None else options.cursor
     if not start <= cursor <= stop:
         raise ConfigError(f"--from ({cursor}) is not in epoch {options.epoch}, which is [{start}, {stop})")
     first_step, end_step = cursor // options.batch, -(-stop // options.batch)
-    split = Split(options.ranks, options.batch // options.ranks, 1)
     streams = [
         train_batches(
             config, index, seed=options.seed, size=CROP_PX, split=split, start_step=first_step, total_steps=end_step,

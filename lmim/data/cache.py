@@ -95,10 +95,10 @@ class ShardCache:
                 if path.suffix == ".tar" and path.name not in keep:
                     shards.append((status.st_mtime_ns, path, status.st_size))
             oldest_first = iter(sorted(shards))
+            if taken - sum(bytes for *_, bytes in shards) + size > self.limit_bytes:
+                return False
             while taken + size > self.limit_bytes:
-                oldest = next(oldest_first, None)
-                if oldest is None:
-                    return False
+                oldest = next(oldest_first)
                 oldest[1].unlink(missing_ok=True)  # who has it open reads on
                 taken -= oldest[2]
             with part.open("wb") as file:

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -304,11 +307,21 @@ def default_workers(topology: Topology) -> int:
 def _start_worker(worker_id: int) -> None:
     ignore_stop_signals()
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_trainer, name="end-with-trainer", daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    """End this worker when its trainer is gone: torch's watch on it waits while a full pipe is written to."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def open_stream(config: DataConfig, index: ShardIndex, seed: int) -> Stream:
     """Return the order in which a run takes the samples of its training data."""
-    return Stream(index.starts, seed=seed, global_batch=config.global_batch, parts=index.parts, weights=config.weights,
+    weights = config.weights if len(config.weights) > 1 else ()  # one source may still have several parts: `{a,b}`
+    return Stream(index.starts, seed=seed, global_batch=config.global_batch, parts=index.parts, weights=weights,
                   block_shards=config.block_shards, lanes=config.lanes, tail=config.tail)  # fmt: skip
 
 
@@ -344,7 +357,7 @@ def train_batches(config: DataConfig, index: ShardIndex, *, seed: int, size: int
 
 
 @contextmanager
-def _started(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Iterator[Filled], set[BaseProcess]]]:
+def _started(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Iterator[Any], set[BaseProcess]]]:
     """Start a loader's workers, and end them for certain: they ignore the signal that torch would end them with.
 
     A worker's death is noticed where its batch is waited for. Torch's own handler of SIGCHLD would raise in the middle
@@ -355,11 +368,25 @@ def _started(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Iterator[Fil
     workers = set(multiprocessing.active_children()) - before
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
+    ended = threading.Event()
+    if workers:
+        arguments = (batches._worker_result_queue._writer, workers, ended)
+        threading.Thread(target=_end_the_wait, args=arguments, name="workers-watch", daemon=True).start()
     try:
         yield batches, workers
     finally:
+        ended.set()
         for worker in workers:
             worker.kill()
+
+
+def _end_the_wait(handover: Connection, workers: set[BaseProcess], ended: threading.Event) -> None:
+    """End the trainer's wait for a batch that a killed worker had handed over in part, which would never end."""
+    multiprocessing.connection.wait([worker.sentinel for worker in workers])
+    if not ended.is_set() and _one_died(workers):
+        for worker in workers:
+            worker.kill()
+        handover.close()  # the last end to write to: who reads comes to the end
 
 
 def _one_died(workers: set[BaseProcess]) -> bool:
@@ -423,4 +450,6 @@ def eval_batches(index: ShardIndex, sample_ids: np.ndarray, *, resize: int, crop
                  workers: int) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield (images uint8 (B, 3, S, S), labels (B,)) of the given samples, in their order."""
     images = EvalImages(index, sample_ids, resize, crop)
-    yield from torch.utils.data.DataLoader(images, batch_size=batch, num_workers=workers, worker_init_fn=_start_worker)
+    loader = torch.utils.data.DataLoader(images, batch_size=batch, num_workers=workers, worker_init_fn=_start_worker)
+    with _started(loader) as (batches, _):
+        yield from batches

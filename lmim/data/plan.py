@@ -35,12 +35,12 @@ class Recent(OrderedDict[K, V], Generic[K, V]):
         self.limit = limit
 
     def get_or_make(self, key: K, make: Callable[[K], V]) -> V:
-        if key not in self:
-            self[key] = make(key)
-            if len(self) > self.limit:
-                self.popitem(last=False)
-        self.move_to_end(key)
-        return self[key]
+        value = self.pop(key, None)  # in steps that threads may interleave
+        value = make(key) if value is None else value
+        self[key] = value
+        if len(self) > self.limit:
+            self.popitem(last=False)
+        return value
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.limit,)

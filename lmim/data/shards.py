@@ -227,7 +227,7 @@ class ShardIndex:
                 table = ShardTable(*(arrays[name] for name in ShardTable._fields))
         except (Damaged, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(f"{path} cannot be read ({reason}): shard the images again") from error
+            raise ConfigError(f"{without_secrets(path)} cannot be read ({reason}): shard the images again") from error
         fits = all(len(column) == shard.samples for column in table)
         if not fits or (table.offsets < 0).any() or (table.offsets + table.sizes > shard.bytes).any():
             raise ConfigError(f"{path} does not fit {shard.name}: shard the images again")
@@ -262,20 +262,20 @@ def _join(folder: str, name: str) -> str:
 
 def _read_index(folder: str, option: str, storage: Storage) -> ShardIndex:
     again = "shard the images again: python tools/shard_images.py SRC DST"
-    path = _join(folder, INDEX)
+    path, shown = _join(folder, INDEX), without_secrets(folder)
     try:
         content = json.loads(storage.read(path))
         if (content["format"], content["version"]) != (FORMAT, VERSION):
-            raise ConfigError(f"{option} ({folder}) has an index of {content['format']} version {content['version']}, "
+            raise ConfigError(f"{option} ({shown}) has an index of {content['format']} version {content['version']}, "
                               f"but this lmim reads {FORMAT} version {VERSION}: {again}")  # fmt: skip
         shards = [Shard(**shard) for shard in content["shards"]]
         skipped = [Skipped(**skip) for skip in content["skipped"]]
         return ShardIndex(folder, shards, classes=content["classes"], skipped=skipped, storage=storage)
     except Damaged as error:
-        raise ConfigError(f"{option} ({folder}) has no index: {error}") from error
+        raise ConfigError(f"{option} ({shown}) has no index: {error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{path} is no index of shards ({reason}): {again}") from error
+        raise ConfigError(f"{shown}/{INDEX} is no index of shards ({reason}): {again}") from error
 
 
 # --- reading tar files -----------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ class ShardReader:
         if isinstance(image, Damaged):
             return Damaged(f"{key}.{suffix}: {image}")
         if table.checksums[place] not in (-1, checksum(image)):
-            return Damaged(f"{key}.{suffix}: its bytes in {self.index.url(number)} are not those that were written")
+            return Damaged(f"{key}.{suffix}: its bytes in {without_secrets(self.index.url(number))} are not those that were written")
         return Sample(key, suffix, image, None if label < 0 else label)
 
     def read(self, sample_id: int) -> Sample:

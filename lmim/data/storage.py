@@ -110,6 +110,11 @@ class Storage:
         self._advise([span for _, *span in local])
         for i, *span in local:
             found[i] = self._local(*span)
+            if isinstance(found[i], Damaged) and is_remote(wanted[i][0]):
+                remote.append(i)  # the copy was removed a moment ago to make room
+        for url, path in paths.items():
+            if path and is_remote(url):
+                self._files.pop(path, None)  # held open, a removed copy would go on taking its room
         for i, data in zip(remote, self._remote([wanted[i] for i in remote]), strict=True):
             found[i] = data
         return found
@@ -162,7 +167,8 @@ class Storage:
 
     def _local(self, path: str, start: int, stop: int) -> bytes | Damaged:
         try:
-            data = os.pread(self._file(path).fileno(), stop - start, start)
+            file = self._file(path)  # by name: another thread that pushes it out does not close it meanwhile
+            data = os.pread(file.fileno(), stop - start, start)
         except OSError as error:
             words = f"{path} cannot be read: {error.strerror}"
             if error.errno in LOST:
