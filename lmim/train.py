@@ -106,6 +106,8 @@ class Run:
         if self.train_index is None:
             raise ConfigError("data.train is empty: give a folder of shards, made by tools/shard_images.py")
         data = self.config.data
+        if not len(self.train_index):
+            raise ConfigError(f"data.train ({data.train}) holds no images: shard some")
         stream = open_stream(data, self.train_index, self.config.run.seed)
         if stream.epoch_samples == 0:
             raise ConfigError(f"data.tail (drop) leaves nothing of {len(self.train_index)} images, which are less than "

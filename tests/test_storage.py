@@ -125,12 +125,21 @@ def test_trouble_of_the_host_is_no_damage_of_the_data(files, monkeypatch):
         Storage(QUICK).read_ranges([(str(files / "1.tar"), 0, 5)])
 
 
-def test_a_refusal_of_credentials_ends_the_read_at_once(server):
-    server.always = {"1.tar": 403}
-    began = time.monotonic()
-    found = Storage(QUICK).read_ranges([(f"{server.url}/1.tar", 0, 10)])
-    assert isinstance(found[0], Damaged) and "refused: 403" in str(found[0])
-    assert server.requests["1.tar"] <= 2 and time.monotonic() - began < QUICK.retry_s
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_of_credentials_ends_the_read_at_once(server, status):
+    server.always = {"1.tar": status}
+    with pytest.raises(StorageError, match=rf"1\.tar may not be read \({status}.*look at the credentials"):
+        Storage(QUICK).read_ranges([(f"{server.url}/1.tar", 0, 10)])
+    assert server.requests["1.tar"] <= 2
+
+
+def test_a_server_without_ranges_is_refused_for_large_shards(server, files):
+    (files / "large.tar").write_bytes(bytes((16 << 20) + 1))
+    Storage(QUICK).check_ranges(f"{server.url}/large.tar", (16 << 20) + 1)
+    server.always = {"large.tar": "whole", "1.tar": "whole"}
+    Storage(QUICK).check_ranges(f"{server.url}/1.tar", 100_000)
+    with pytest.raises(ConfigError, match="knows ranges, such as nginx"):
+        Storage(QUICK).check_ranges(f"{server.url}/large.tar", (16 << 20) + 1)
 
 
 def read_in_child(storage: Storage, wanted, answer) -> None:
@@ -229,7 +238,9 @@ def test_addresses_expand_and_keep_their_secrets(tmp_path):
     assert expand("s3://b/{00..02}.tar") == [f"s3://b/0{n}.tar" for n in range(3)]
     assert expand(f"{tmp_path}/no*") == [] and expand("plain") == ["plain"]
     assert without_secrets("https://me:word@host/a?key=1") == "https://host/a?…"
+    assert without_secrets("https://me:w@rd@host/a@b") == "https://host/a@b"
     assert without_secrets("/data/a?b@c") == "/data/a?b@c"
+    assert without_secrets("pipe:curl -H 'Token: 1' host") == "pipe:curl …"
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

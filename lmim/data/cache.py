@@ -76,7 +76,8 @@ class ShardCache:
                 with _locked(self.folder / LOCK, wait=True):  # else one that counts might see neither name
                     os.replace(part, place)
             finally:
-                part.unlink(missing_ok=True)
+                with _locked(self.folder / LOCK, wait=True):
+                    part.unlink(missing_ok=True)
         return True
 
     def _place(self, url: str) -> Path:
@@ -143,7 +144,7 @@ class ReadAhead:
 
     def __init__(self, cache: ShardCache):
         self.cache = cache
-        self._wanted: Sequence[Wanted] = ()
+        self._wanted: Sequence[Wanted] | None = ()
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._failed: set[str] = set()
@@ -159,12 +160,20 @@ class ReadAhead:
             self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
             self._thread.start()
 
+    def close(self) -> None:
+        """End the thread after the shard in hand."""
+        with self._news:
+            self._wanted = None
+            self._news.notify()
+
     def _run(self) -> None:
         done: Sequence[Wanted] = ()
         while True:
             with self._news:
                 self._news.wait_for(lambda: self._wanted is not done)
                 shards = self._wanted
+            if shards is None:
+                return
             for shard in shards:
                 if self._wanted is not shards:  # told of others meanwhile
                     break

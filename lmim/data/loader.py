@@ -2,7 +2,7 @@
 
 Owns the walk along the endless stream of epochs. Position p of the stream is sample p mod n of epoch p div n, in the
 order of `EpochPlan`; step s takes positions [s·G, (s+1)·G), so every sample comes once an epoch, batches run across
-the ends of epochs, and nothing is dropped or repeated. The invariant: what a step holds is a function of the step
+the ends of epochs, and nothing is dropped or repeated unless `data.tail` says so. The invariant: what a step holds is a function of the step
 alone, whatever the ranks, the workers and where the run was resumed; seeking costs nothing.
 
 The stages are joined by webdataset's `DataPipeline`; its shard list and tar reader give way to reads by offset, since a
@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -45,6 +45,7 @@ from lmim.dist import Topology, available_cores, barrier, ignore_stop_signals
 from lmim.randomness import sample_key
 
 logger = logging.getLogger(__name__)
+UNREADABLE = -2  # label of an evaluation image that could not be read
 EMBEDDED = ("embedded:train", "embedded:eval")
 MAX_WORKERS = 16
 PREFETCH = 4  # batches that a worker is ahead
@@ -97,8 +98,11 @@ def open_data(config: Config, topology: Topology) -> tuple[ShardIndex | None, Sh
         train = open_shards("data.train", data.train, folder, open_storage(data), data.max_bad_fraction)
         test = open_shards("data.eval", data.eval, folder, open_storage(data))
         for index in (train, test):
-            if index is not None and data.cache:
-                limit_bytes = int(data.cache_gb * 1e9)
+            if index is not None and data.cache and any(is_remote(index.url(n)) for n in range(len(index.shards))):
+                limit_bytes, largest = int(data.cache_gb * 1e9), max(shard.bytes for shard in index.shards)
+                if limit_bytes < largest:
+                    raise ConfigError(f"data.cache_gb ({data.cache_gb:g}) has no room for the largest shard of "
+                                      f"{largest / 1e9:.3g} GB: give it room for many")  # fmt: skip
                 index.cache = ShardCache(Path(data.cache), limit_bytes, index.storage, index.fingerprint)
         return train, test
 
@@ -184,7 +188,7 @@ class Fetch:
     def __call__(self, starts: Iterator[int]) -> Iterator[Fetched]:
         cache = self.reader.index.cache
         read_ahead = None if cache is None else ReadAhead(cache)
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool, nullcontext() if read_ahead is None else closing(read_ahead):
             ahead = None
             for start in starts:
                 following = pool.submit(self.fetch, start)
@@ -441,9 +445,6 @@ class EvalImages(torch.utils.data.Dataset):
             logger.warning("skipped sample %d: %s", self.sample_ids[place], error)
             return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), UNREADABLE
         return torch.from_numpy(view).permute(2, 0, 1), -1 if sample.label is None else sample.label
-
-
-UNREADABLE = -2
 
 
 def eval_batches(index: ShardIndex, sample_ids: np.ndarray, *, resize: int, crop: int, batch: int,

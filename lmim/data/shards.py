@@ -245,6 +245,8 @@ class ShardIndex:
                 reason = f"has {size} bytes where its index says {shard.bytes}" if size != shard.bytes else ""
             except FileNotFoundError:
                 reason = "is missing"
+            except OSError as error:
+                reason = f"cannot be read ({error.strerror})"
             if reason:
                 wrong.append(f"{shard.name} {reason}")
                 samples += shard.samples
@@ -270,7 +272,10 @@ def _read_index(folder: str, option: str, storage: Storage) -> ShardIndex:
                               f"but this lmim reads {FORMAT} version {VERSION}: {again}")  # fmt: skip
         shards = [Shard(**shard) for shard in content["shards"]]
         skipped = [Skipped(**skip) for skip in content["skipped"]]
-        return ShardIndex(folder, shards, classes=content["classes"], skipped=skipped, storage=storage)
+        index = ShardIndex(folder, shards, classes=content["classes"], skipped=skipped, storage=storage)
+        if shards:
+            storage.check_ranges(index.url(0), shards[0].bytes)
+        return index
     except Damaged as error:
         raise ConfigError(f"{option} ({shown}) has no index: {error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -390,7 +395,8 @@ class ShardReader:
             if self.index.url(number).startswith(PIPE):
                 cache = self.index.cache
                 if cache is None or not cache.bring(self.index.wanted(number), wait=True):
-                    raise ConfigError(f"{self.index.url(number)} needs a copy: set data.cache, and data.cache_gb to "
+                    shown = without_secrets(self.index.url(number))
+                    raise ConfigError(f"{shown} needs a copy: set data.cache, and data.cache_gb to "
                                       f"more than {len(numbers)} shards of this batch")  # fmt: skip
 
     def _sample(self, table: ShardTable, number: int, place: int, image: bytes | Damaged) -> Sample | Damaged:
@@ -399,7 +405,8 @@ class ShardReader:
         if isinstance(image, Damaged):
             return Damaged(f"{key}.{suffix}: {image}")
         if table.checksums[place] not in (-1, checksum(image)):
-            return Damaged(f"{key}.{suffix}: its bytes in {without_secrets(self.index.url(number))} are not those that were written")
+            place = without_secrets(self.index.url(number))
+            return Damaged(f"{key}.{suffix}: its bytes in {place} are not those that were written")
         return Sample(key, suffix, image, None if label < 0 else label)
 
     def read(self, sample_id: int) -> Sample:

@@ -75,8 +75,10 @@ def expand(spec: str) -> list[str]:
 
 
 def without_secrets(url: str) -> str:
-    """Return an address without user, password and query, which may hold tokens."""
-    return re.sub(r"\?.*$", "?…", re.sub(r"//[^/@]*@", "//", url)) if "://" in url else url
+    """Return an address without user, password and query, and a command without its arguments: all may hold tokens."""
+    if url.startswith(PIPE):
+        return re.sub(r"\s.*", " …", url, flags=re.DOTALL)
+    return re.sub(r"\?.*$", "?…", re.sub(r"//[^/]*@", "//", url)) if "://" in url else url
 
 
 def _not_cached(url: str) -> None:
@@ -134,6 +136,14 @@ class Storage:
             return os.stat(url).st_size
         return int(self._retried(url, lambda: self._filesystem(url).info(url)["size"]))
 
+    def check_ranges(self, url: str, size: int) -> None:
+        """Raise `ConfigError` for a large object on a web server that can only send all of it."""
+        if not url.startswith(("http://", "https://")) or size <= CHUNK_BYTES:
+            return
+        if len(self._retried(url, lambda: self._filesystem(url).cat_file(url, start=0, end=1))) > 1:
+            raise ConfigError(f"{without_secrets(url)}: its server sends all of a file where a part is asked for "
+                              "(as python -m http.server does): take one that knows ranges, such as nginx")  # fmt: skip
+
     def open(self, url: str) -> BinaryIO:
         """Open a local or remote object for reading and seeking, such as a tar whose headers are to be read."""
         if url.startswith(PIPE):
@@ -181,7 +191,7 @@ class Storage:
     def _filesystem(self, url: str) -> Any:
         """Return fsspec's file system for an address: one per process, thread and kind, which fsspec keeps."""
         if url.startswith(PIPE):
-            raise ConfigError(f"{url}: a command's output cannot be read in parts: set data.cache")
+            raise ConfigError(f"{without_secrets(url)}: a command's output cannot be read in parts: set data.cache")
         import fsspec
 
         protocol, timeout_s = url.partition("://")[0], self.options.timeout_s
@@ -240,9 +250,10 @@ class Storage:
             except FileNotFoundError as error:
                 raise Damaged(f"{without_secrets(url)} does not exist") from error
             except PermissionError as error:
-                raise StorageError(f"{without_secrets(url)} may not be read ({_words(error)}): "
-                                   "look at the credentials") from error  # fmt: skip
+                raise StorageError(_no_rights(url, error)) from error
             except _passing() as error:
+                if getattr(error, "status", 503) in (401, 403):
+                    raise StorageError(_no_rights(url, error)) from error
                 if getattr(error, "status", 503) == 416:  # a range that begins beyond the end
                     raise Damaged(f"{without_secrets(url)} is shorter than its index says") from error
                 if getattr(error, "status", 503) in REFUSED:
@@ -261,20 +272,21 @@ class Storage:
 
     def _pipe(self, url: str) -> Iterator[bytes]:
         """Yield what a command prints; its exit code counts, and nothing of it is left running."""
+        shown = without_secrets(url)
         if not self.options.allow_pipe:
-            raise ConfigError(f"{url}: running commands is off: set data.allow_pipe=true if you trust where it is from")
+            raise ConfigError(f"{shown}: running commands is off: set data.allow_pipe=true if you trust where it is from")
         process = subprocess.Popen(url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE, start_new_session=True)
         assert process.stdout is not None
         try:
             while True:
                 if not select.select([process.stdout], [], [], self.options.timeout_s)[0]:
-                    raise StorageError(f"{url} has printed nothing for {self.options.timeout_s:g} s (data.timeout_s)")
+                    raise StorageError(f"{shown} has printed nothing for {self.options.timeout_s:g} s (data.timeout_s)")
                 chunk = os.read(process.stdout.fileno(), 1 << 20)
                 if not chunk:
                     break
                 yield chunk
             if process.wait():
-                raise Damaged(f"{url} ended with exit code {process.returncode}")
+                raise Damaged(f"{shown} ended with exit code {process.returncode}")
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -282,7 +294,7 @@ class Storage:
             process.stdout.close()
 
 
-REFUSED = (400, 401, 403, 404, 405, 410)  # statuses of http that another try does not change
+REFUSED = (400, 404, 405, 410)  # statuses of http that another try does not change
 
 
 def _passing() -> tuple[type[Exception], ...]:
@@ -301,6 +313,10 @@ def _passing() -> tuple[type[Exception], ...]:
     except ImportError:
         pass
     return tuple(kinds)
+
+
+def _no_rights(url: str, error: Exception) -> str:
+    return f"{without_secrets(url)} may not be read ({_words(error)}): look at the credentials"
 
 
 def _words(error: Exception) -> str:
