@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -15,18 +16,31 @@ from lmim.randomness import draw, sample_key
 from tests.conftest import REPOSITORY
 
 
-def list_epoch(*words: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/list_epoch.py", *map(str, words)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def list_epoch(monkeypatch, capsys):
+    """Run the tool's main and return (exit code, what it printed, its complaints)."""
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    tool = importlib.import_module("list_epoch")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = tool.main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
 
 
-def rows(*words: object) -> list[dict]:
-    done = list_epoch(*words, "--json")
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture
+def rows(list_epoch):
+    def run(*words: object) -> list[dict]:
+        code, printed, complaints = list_epoch(*words, "--json")
+        assert code == 0, complaints
+        return [json.loads(line) for line in printed.splitlines()]
+
+    return run
 
 
-def test_an_epoch_is_every_image_once_on_any_ranks_and_workers(shards):
+def test_an_epoch_is_every_image_once_on_any_ranks_and_workers(shards, rows):
     paths = [str(path) for path in sorted((shards / "train").glob("*.tar"))]
     keys = [sample["__key__"] for sample in wds.WebDataset(paths, shardshuffle=False)]
     first = rows(shards / "train", "--batch", 24, "--epoch", 1)
@@ -43,8 +57,9 @@ def test_an_epoch_is_every_image_once_on_any_ranks_and_workers(shards):
     assert [{**row, "rank": 0} for row in rest] == first[200:]
 
 
-def test_a_table_for_people_and_one_line_for_mistakes(shards):
-    done = list_epoch(shards / "eval", "--batch", 20)
+def test_a_table_for_people_from_the_command_line(shards):
+    command = [sys.executable, "tools/list_epoch.py", str(shards / "eval"), "--batch", "20"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True)
     lines = done.stdout.splitlines()
     assert lines[0].split("\t") == ["step", "rank", "sample_id", "key", "crop", "flip", "mask"] and len(lines) == 101
 
@@ -63,6 +78,6 @@ def test_a_table_for_people_and_one_line_for_mistakes(shards):
         (["--epoch", 2, "--from", 5], "--from (5) is not in epoch 2, which is [200, 300)"),
     ],
 )
-def test_mistakes_get_one_line(shards, words, text):
-    done = list_epoch(shards / "eval", *words)
-    assert done.returncode == 2 and done.stderr == f"list_epoch: {text}\n"
+def test_mistakes_get_one_line(shards, list_epoch, words, text):
+    code, _, complaints = list_epoch(shards / "eval", *words)
+    assert code == 2 and complaints == f"list_epoch: {text}\n"
