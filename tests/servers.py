@@ -91,10 +91,10 @@ class Handler(BaseHTTPRequestHandler):
             elif fault == "slow":
                 pieces = [data[i : i + len(data) // 8 + 1] for i in range(0, len(data), len(data) // 8 + 1)]
             for piece in pieces:
+                with self.server.lock:  # before it is sent: who has read it all finds it counted
+                    self.server.bytes_sent += len(piece)
                 self.wfile.write(piece)
                 self.wfile.flush()
-                with self.server.lock:
-                    self.server.bytes_sent += len(piece)
                 if fault == "slow":
                     time.sleep(0.15)
             if fault == "stall":

@@ -133,13 +133,13 @@ def test_a_refusal_of_credentials_ends_the_read_at_once(server, status):
     assert server.requests["1.tar"] <= 2
 
 
-def test_a_server_without_ranges_is_refused_for_large_shards(server, files):
+def test_a_server_without_ranges_serves_small_shards_and_is_refused_for_large_ones(server, files):
     (files / "large.tar").write_bytes(bytes((16 << 20) + 1))
-    Storage(QUICK).check_ranges(f"{server.url}/large.tar", (16 << 20) + 1)
     server.always = {"large.tar": "whole", "1.tar": "whole"}
-    Storage(QUICK).check_ranges(f"{server.url}/1.tar", 100_000)
-    with pytest.raises(ConfigError, match="knows ranges, such as nginx"):
-        Storage(QUICK).check_ranges(f"{server.url}/large.tar", (16 << 20) + 1)
+    assert Storage(QUICK).read_ranges(ranges(server)) == truth(files, ranges(server))
+    with pytest.raises(StorageError, match="knows ranges, such as nginx"):
+        Storage(QUICK).read_ranges([(f"{server.url}/large.tar", n, n + 10) for n in range(20)])
+    assert server.requests["large.tar"] == 1  # not twenty large answers side by side
 
 
 def read_in_child(storage: Storage, wanted, answer) -> None:

@@ -93,6 +93,7 @@ class Storage:
         self.cached: Callable[[str], Path | None] = _not_cached
         self._files: Recent[str, BinaryIO] = Recent(OPEN_FILES)  # a file pushed out closes itself
         self._warned_at = -WARN_EVERY_S
+        self._met: set[str] = set()  # kinds of places that have answered
 
     def read(self, url: str) -> bytes:
         """Return a whole small object, such as an index; `Damaged` where there is none, `StorageError`."""
@@ -135,14 +136,6 @@ class Storage:
         if not is_remote(url):
             return os.stat(url).st_size
         return int(self._retried(url, lambda: self._filesystem(url).info(url)["size"]))
-
-    def check_ranges(self, url: str, size: int) -> None:
-        """Raise `ConfigError` for a large object on a web server that can only send all of it."""
-        if not url.startswith(("http://", "https://")) or size <= CHUNK_BYTES:
-            return
-        if len(self._retried(url, lambda: self._filesystem(url).cat_file(url, start=0, end=1))) > 1:
-            raise ConfigError(f"{without_secrets(url)}: its server sends all of a file where a part is asked for "
-                              "(as python -m http.server does): take one that knows ranges, such as nginx")  # fmt: skip
 
     def open(self, url: str) -> BinaryIO:
         """Open a local or remote object for reading and seeking, such as a tar whose headers are to be read."""
@@ -225,6 +218,12 @@ class Storage:
         found: list[bytes | Damaged | Exception | None] = [None] * len(wanted)
         for protocol in dict.fromkeys(url.partition(":")[0] for url, _, _ in wanted):
             places = [i for i, (url, _, _) in enumerate(wanted) if url.partition(":")[0] == protocol]
+            if protocol not in self._met:  # alone: of a server without ranges, not 32 whole shards come at once
+                first = places.pop(0)
+                found[first] = self._alone(*wanted[first])
+                self._met.add(protocol)
+            if not places:
+                continue
             urls, starts, stops = zip(*(wanted[i] for i in places), strict=True)
             try:
                 filesystem = self._filesystem(urls[0])
@@ -327,7 +326,10 @@ def _words(error: Exception) -> str:
 
 
 def _cut(data: bytes, url: str, start: int, stop: int) -> bytes | Damaged:
-    """Return [start, stop) of what a server answered: that range, or all of the object where it knows no ranges."""
+    """Return [start, stop) of what a server answered: that range, or all of a small object where it knows no ranges."""
+    if len(data) > max(stop - start, CHUNK_BYTES):
+        raise StorageError(f"{without_secrets(url)}: its server sends all of a file where a part is asked for (as "
+                           "python -m http.server does): take one that knows ranges, such as nginx")  # fmt: skip
     if len(data) > stop - start:
         data = data[start:stop]
     if len(data) == stop - start:
