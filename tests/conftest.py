@@ -30,14 +30,22 @@ TINY = [
 @pytest.fixture(autouse=True)
 def same_environment_after():
     """Undo what starting a process group or a run leaves in the environment and the log; keep torch to one thread."""
-    before, log = dict(os.environ), logging.getLogger("lmim")
-    logged = (log.handlers[:], log.propagate, log.level)
+    before = dict(os.environ)
     torch.set_num_threads(1)
+    _quiet()  # a module's fixture may have run a training before this one
     yield
-    log.handlers[:], log.propagate = logged[:2]
-    log.setLevel(logged[2])
+    _quiet()
     os.environ.clear()
     os.environ.update(before)
+
+
+def _quiet() -> None:
+    log = logging.getLogger("lmim")
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
