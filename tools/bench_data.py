@@ -177,7 +177,7 @@ def rows_of(files: str, shards: Path, scratch: Path, *, size: int, batch: int, s
         Row("libjpeg-turbo, whole image", files, "none", one, partial(decode_only, images, batch)),
         Row("loop", files, USUAL, one, partial(crop_loop, images, usual, batch)),
         *(Row("loop", files, f"lmim {name}", one, partial(crop_loop, images, LmimCrop(size, name), batch))
-          for name in DECODERS),
+          for name in reversed(DECODERS)),  # the default's loop beside its loader: speed drifts, neighbours compare
         Row("lmim loader, 1 worker", files, TURBO, one, partial(lmim_loader, shards, size, batch, 1, steps)),
         Row("lmim loader, 2 workers, 2 cores", files, TURBO, two, partial(lmim_loader, shards, size, batch, 2, steps))
         if len(two) == 2 else Row("lmim loader, 2 workers", files, TURBO, one, None, "needs 2 cores"),
