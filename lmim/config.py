@@ -117,12 +117,18 @@ class OptimConfig:
 class PrecisionConfig:
     compute: str = "bf16"  # bf16 autocast over fp32 weights, or fp32
     reduce: str = "fp32"  # gradients are summed over ranks in fp32 or bf16
+    gather: str = "fp32"  # cut weights (fsdp, ZeRO-3) are gathered in fp32, or matrices in bf16: half the bytes
 
 
 @dataclass
 class ParallelConfig:
-    backend: str = "deepspeed"  # deepspeed, or local: one process
-    zero_stage: int = 1  # deepspeed: 0 or 1
+    backend: str = "deepspeed"  # deepspeed, fsdp (FSDP2), or local: one process
+    zero_stage: int = 1  # deepspeed: what is cut over ranks: 0 nothing, 1 AdamW, 2 gradients too, 3 weights too
+    deepspeed_config: str = ""  # JSON file of further DeepSpeed options, such as offload_optimizer
+    shard_ranks: Optional[int] = None  # fsdp: ranks that share one copy; empty: all; fewer: HSDP; 1: replicas
+    keep_gathered: bool = False  # fsdp: gather weights once a step, not in every forward and backward: more memory
+    activation_checkpointing: bool = False  # blocks run again in the backward instead of keeping activations
+    compile: bool = False  # torch.compile, block by block
     timeout_minutes: float = 30.0  # of any collective
 
 
@@ -166,7 +172,7 @@ class Config:
 # is its shards' checksum, kept by the checkpoint, not its path.
 NEUTRAL = ("run.folder", "run.name", "data.train", "data.eval", "data.micro_batch", "data.workers", "data.crop_size",
            "data.max_bad_fraction", "data.cache", "data.cache_gb", "data.timeout_s", "data.retry_minutes",
-           "data.allow_pipe", "parallel.", "log.", "eval.", "checkpoint.")  # fmt: skip
+           "data.allow_pipe", "precision.gather", "parallel.", "log.", "eval.", "checkpoint.")  # fmt: skip
 
 CHOICES = {
     "model.variant": tuple(VARIANTS),
@@ -177,8 +183,9 @@ CHOICES = {
     "data.tail": ("carry", "drop", "repeat"),
     "precision.compute": ("bf16", "fp32"),
     "precision.reduce": ("fp32", "bf16"),
-    "parallel.backend": ("deepspeed", "local"),
-    "parallel.zero_stage": (0, 1),
+    "precision.gather": ("fp32", "bf16"),
+    "parallel.backend": ("deepspeed", "fsdp", "local"),
+    "parallel.zero_stage": (0, 1, 2, 3),
     "log.wandb": ("off", "online", "offline"),
 }
 POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_size", "model.grid_size",
@@ -186,7 +193,7 @@ POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_si
             "model.decoder_num_heads", "objective.temperature", "objective.num_visible", "data.global_batch",
             "data.micro_batch", "data.block_shards", "data.weights", "data.lanes", "data.cache_gb",
             "data.timeout_s", "data.retry_minutes", "optim.base_lr", "optim.eps",
-            "parallel.timeout_minutes",
+            "parallel.timeout_minutes", "parallel.shard_ranks",
             "eval.resize", "eval.batch", "eval.k", "eval.temperature", "checkpoint.keep")  # fmt: skip
 NOT_NEGATIVE = ("run.seed", "model.patch_gap", "model.projector_depth", "objective.similarity_weight", "data.workers",
                 "optim.weight_decay", "optim.clip_norm")  # fmt: skip
@@ -390,10 +397,7 @@ def validate(config: Config, world_size: int) -> Split:
     for key in ("optim.duration", "optim.warmup", "log.every", "eval.knn_every", "checkpoint.every"):
         total = 0 if key == "optim.duration" else 100
         duration_steps(flat[key], steps_per_epoch=1.0, total_steps=total, key=key)
-    if config.parallel.backend == "local" and world_size > 1:
-        raise ConfigError(f"parallel.backend (local) runs one process, not {world_size}: choose deepspeed")
-    if config.precision.reduce == "bf16" and config.precision.compute == "fp32":
-        raise ConfigError("precision.reduce (bf16) needs precision.compute (fp32) to be bf16 too: set one or the other")
+    _check_parallel(config, world_size)
     return _split(config, world_size)
 
 
@@ -469,6 +473,34 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(f"data.weights: {len(data.weights)} sources are more than {MAX_SOURCES}: shard some together")
     if data.lanes > data.global_batch:
         raise ConfigError(f"data.lanes ({data.lanes}) must be at most data.global_batch ({data.global_batch})")
+
+
+def _check_parallel(config: Config, world_size: int) -> None:
+    parallel, precision = config.parallel, config.precision
+    cut = parallel.backend == "fsdp" or (parallel.backend == "deepspeed" and parallel.zero_stage == 3)
+    if parallel.backend == "local" and world_size > 1:
+        raise ConfigError(
+            f"parallel.backend (local) runs one process, not {world_size}: choose one of deepspeed and fsdp"
+        )
+    if parallel.backend == "fsdp" and world_size % (parallel.shard_ranks or world_size):
+        fits = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise ConfigError(f"parallel.shard_ranks ({parallel.shard_ranks}) does not divide the number of ranks "
+                          f"({world_size}): take one of {fits}")  # fmt: skip
+    if parallel.deepspeed_config and parallel.backend != "deepspeed":
+        raise ConfigError(f"parallel.deepspeed_config ({parallel.deepspeed_config}) means nothing to parallel.backend "
+                          f"({parallel.backend}): leave it empty, or take deepspeed")  # fmt: skip
+    for key, value in (("reduce", precision.reduce), ("gather", precision.gather)):
+        if value == "bf16" and precision.compute == "fp32":
+            raise ConfigError(f"precision.{key} (bf16) needs precision.compute (fp32) to be bf16 too: set one or the "
+                              "other")  # fmt: skip
+    if precision.gather == "bf16" and not cut:
+        raise ConfigError("precision.gather (bf16) needs weights that are cut over ranks: take parallel.backend=fsdp, "
+                          "or deepspeed with parallel.zero_stage=3, or leave it at fp32")  # fmt: skip
+    if cut and parallel.backend == "deepspeed" and precision.gather != precision.reduce:
+        raise ConfigError(
+            f"precision.gather ({precision.gather}) and precision.reduce ({precision.reduce}) must be the same under "
+            "DeepSpeed's ZeRO-3: set both alike, or take parallel.backend=fsdp"
+        )
 
 
 def _split(config: Config, world_size: int) -> Split:

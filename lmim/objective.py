@@ -10,7 +10,7 @@ Letters: B images · V visible · M masked · T tokens · D encoder width; z tar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lmim.config import ModelConfig, ObjectiveConfig, model_dimensions
 from lmim.patches import Views, draw_views, gather_patches, normalize_patches
-from lmim.vit import CrossDecoder, VisionTransformer, init_parameters
+from lmim.vit import CrossDecoder, VisionTransformer, initial_values
 
 
 class StepOutput(NamedTuple):
@@ -104,13 +104,28 @@ class LatentMIM(nn.Module):
             learnable_positions=model.learnable_positions,
         )
 
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, whole value) of every parameter and buffer; the target starts as a copy of the online encoder.
+
+        A target's value follows the online encoder's of the same name.
+        """
+        for name, value in initial_values(self.online, seed, "online."):
+            yield f"online.{name}", value
+            yield f"target.{name}", value
+        for name, value in initial_values(self.decoder, seed, "decoder."):
+            yield f"decoder.{name}", value
+
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Set every parameter and buffer; the target starts as a copy of the online encoder."""
-        init_parameters(self.online, seed, "online.")
-        init_parameters(self.decoder, seed, "decoder.")
-        for ours, theirs in zip(self.target.state_dict().values(), self.online.state_dict().values(), strict=True):
-            ours.copy_(theirs)
+        """Set every parameter and buffer to its value of `initial_values`."""
+        tensors = self.state_dict(keep_vars=True)
+        for name, value in self.initial_values(seed):
+            tensors[name].copy_(value)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward; the target, which has none, is left alone."""
+        self.online.set_grad_checkpointing(enable)
+        self.decoder.set_grad_checkpointing(enable)
 
     def forward(
         self, images_BCSS: Tensor, keys_B: Tensor, similarity_target: Tensor | float, views: Views | None = None

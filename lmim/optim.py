@@ -26,7 +26,10 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return two groups of the trained parameters, decayed and exempt; each lists its `names` in the same order."""
+    """Return two groups of the trained parameters, decayed and exempt; each lists its `names` in the same order.
+
+    The model must not be cut yet where cutting changes the parameters' dimensions.
+    """
     groups = [dict(params=[], names=[], weight_decay=decay) for decay in (weight_decay, 0.0)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -36,9 +39,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over the model's trained parameters; the learning rate is set anew before every step."""
-    groups = parameter_groups(model, config.weight_decay)
+def build_adamw(groups: list[dict], config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW over groups of `parameter_groups`; the learning rate is set anew before every step."""
     fused = all(p.device.type in ("cuda", "cpu") for g in groups for p in g["params"])
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=fused)
 

@@ -1,7 +1,7 @@
 """The networks: a Vision Transformer that reads any subset of patches, and the cross-attention decoder.
 
 Owns attention, blocks, positions, the projector and the initialisation. The invariants: parameter names are a public
-contract that follows timm, and `init_parameters` sets every parameter and buffer from (seed, name) alone, so the
+contract that follows timm, and `initial_values` gives every parameter and buffer from (seed, name) alone, so the
 values depend neither on the device nor on how the model is cut over ranks.
 
 Letters: B images · T tokens (class token first) · N cells · K patches given · V visible · M masked · D encoder width ·
@@ -10,10 +10,15 @@ E decoder width. Paper: section 3.2; pre-LN blocks as in ViT (arXiv:2010.11929) 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, Mlp, resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lmim.patches import tile_patches
 from lmim.randomness import fold, purpose, uniform
@@ -21,6 +26,7 @@ from lmim.randomness import fold, purpose, uniform
 NORM_EPS = 1e-6
 PROJECTOR_NORM_EPS = 1e-5
 CLASS_TOKEN_STD = 0.02
+ELEMENT = purpose("element")  # of dropout's draws
 
 
 def sincos_positions(dim: int, grid_size: int) -> Tensor:
@@ -37,25 +43,41 @@ def sincos_positions(dim: int, grid_size: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), cells])[None]
 
 
+class Noise(NamedTuple):
+    """What a branch draws for each sample: a factor for the whole branch, and a key for its single numbers."""
+
+    factor_B: Tensor
+    element_key_B: Tensor
+
+
 class BranchNoise(nn.Module):
-    """Drop-path and dropout of one residual branch, drawn from the samples' keys rather than from a random state."""
+    """Drop-path and dropout of one residual branch, drawn from the samples' keys rather than from a random state.
+
+    Drawing stands apart from applying, so that rate and name, which differ from block to block, are not part of what
+    `torch.compile` sees of a block: it would compile every block anew.
+    """
 
     def __init__(self, drop_path: float, dropout: float, name: str):
         super().__init__()
         self.drop_path, self.dropout = drop_path, dropout
         self.path_use, self.element_use = purpose(f"drop_path {name}"), purpose(f"dropout {name}")
 
-    def forward(self, branch_BTD: Tensor, keys_B: Tensor | None) -> Tensor:
+    def draw(self, keys_B: Tensor | None) -> Noise | None:
+        """Return the noise of some samples; None in evaluation and where there is nothing to draw."""
         if not self.training or not (self.drop_path or self.dropout):
-            return branch_BTD
+            return None
         assert keys_B is not None, "drop-path and dropout draw from the samples' keys: pass them"
-        if self.drop_path:
-            keep_B = uniform(keys_B, self.path_use, 0) >= self.drop_path
-            branch_BTD = branch_BTD * (keep_B.to(branch_BTD.dtype) / (1 - self.drop_path))[:, None, None]
+        keep_B = uniform(keys_B, self.path_use, 0) >= self.drop_path
+        return Noise(keep_B.float() / (1 - self.drop_path), fold(keys_B, self.element_use))
+
+    def forward(self, branch_BTD: Tensor, noise: Noise | None) -> Tensor:
+        if noise is None:
+            return branch_BTD
+        branch_BTD = branch_BTD * noise.factor_B.to(branch_BTD.dtype)[:, None, None]
         if self.dropout:
             _, T, D = branch_BTD.shape
-            counter = torch.arange(T * D, device=keys_B.device).view(T, D)
-            keep_BTD = uniform(keys_B[:, None, None], self.element_use, counter) >= self.dropout
+            counter = torch.arange(T * D, device=branch_BTD.device).view(T, D)
+            keep_BTD = uniform(noise.element_key_B[:, None, None], ELEMENT, counter) >= self.dropout
             branch_BTD = branch_BTD * keep_BTD.to(branch_BTD.dtype) / (1 - self.dropout)
         return branch_BTD
 
@@ -72,9 +94,19 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.noise2 = BranchNoise(drop_path, dropout, f"{name} mlp")
 
-    def forward(self, x_BTD: Tensor, keys_B: Tensor | None = None) -> Tensor:
-        x_BTD = x_BTD + self.noise1(self.attn(self.norm1(x_BTD)), keys_B)
-        return x_BTD + self.noise2(self.mlp(self.norm2(x_BTD)), keys_B)
+    def forward(self, x_BTD: Tensor, noise1: Noise | None = None, noise2: Noise | None = None) -> Tensor:
+        x_BTD = x_BTD + self.noise1(self.attn(self.norm1(x_BTD)), noise1)
+        return x_BTD + self.noise2(self.mlp(self.norm2(x_BTD)), noise2)
+
+
+def run_block(block: nn.Module, recompute: bool, *inputs: Tensor | Noise | None) -> Tensor:
+    """Run a block; with `recompute` it keeps only its inputs and runs again in the backward.
+
+    Nothing in a block draws from a random state, so none is kept for the second run.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
 
 
 class PatchEmbed(nn.Module):
@@ -139,6 +171,7 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         self.grid_size, self.patch_size, self.embed_dim = grid_size, patch_size, embed_dim
+        self.recompute = False
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         _register_positions(self, embed_dim, grid_size, learnable_positions)
@@ -158,7 +191,7 @@ class VisionTransformer(nn.Module):
     def forward(self, patches_BKC: Tensor, cells_BK: Tensor, keys_B: Tensor | None = None) -> Tensor:
         x_BTD = self.embed(patches_BKC, cells_BK)
         for block in self.blocks:
-            x_BTD = block(x_BTD, keys_B)
+            x_BTD = run_block(block, self.recompute, x_BTD, block.noise1.draw(keys_B), block.noise2.draw(keys_B))
         return self.projector(self.norm(x_BTD))
 
     def forward_intermediates(
@@ -193,6 +226,10 @@ class VisionTransformer(nn.Module):
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
         """Return the tokens (B, 1 + N, D) after the last norm, the class token first, as timm's models do."""
         return self.forward_intermediates(images_BCHW, 1, norm=True)[0]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward, which runs them again."""
+        self.recompute = enable
 
     def no_weight_decay(self) -> set[str]:
         """Return the names that weight decay spares beyond biases and norms, as timm's optimizers ask."""
@@ -266,7 +303,7 @@ class CrossDecoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.head = nn.Linear(embed_dim, encoder_dim)
-        self.grid_size = grid_size
+        self.grid_size, self.recompute = grid_size, False
 
     def forward(self, encoded_BTD: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
         """Map encoder tokens (B, 1 + V, D) to predictions (B, 1 + M, D), the decoder's class token first."""
@@ -283,37 +320,45 @@ class CrossDecoder(nn.Module):
         q_BTE = torch.cat([class_B1E, queries_BME + masked_pos_BME], dim=1)
         x_BTE = x_BTE + torch.cat([class_11E.expand(B, -1, -1), visible_pos_BVE], dim=1)
         for block in self.blocks:
-            q_BTE = block(q_BTE, x_BTE)
+            q_BTE = run_block(block, self.recompute, q_BTE, x_BTE)
         return self.head(self.norm(q_BTE))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward, which runs them again."""
+        self.recompute = enable
 
     def init_weights(self, seed: int = 0) -> None:
         """Set every parameter and buffer from the seed and its name."""
         init_parameters(self, seed)
 
 
+def initial_values(root: nn.Module, seed: int, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, whole value) of every parameter and buffer, fp32 on the CPU, one tensor at a time.
+
+    Linear: Xavier-uniform with zero bias; LN: 1/0; class tokens: normal(0, 0.02); mask token: zero; positions: the
+    fixed table. Each random tensor is drawn by a generator of its own, seeded from (seed, prefix + name); so `root` may
+    lie on `meta` or be cut over ranks, and nobody needs to hold it whole.
+    """
+    for path, module in root.named_modules():
+        for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+            generator = torch.Generator("cpu").manual_seed(fold(0, seed, purpose(f"{prefix}{path}.{name}")))
+            value = torch.zeros(tensor.shape, dtype=torch.float32, device="cpu")
+            if name == "weight" and isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(value, generator=generator)
+            elif name == "weight" and isinstance(module, nn.LayerNorm):
+                value.fill_(1.0)
+            elif name == "cls_token":
+                value.normal_(0, CLASS_TOKEN_STD, generator=generator)
+            elif name == "pos_embed":
+                value.copy_(sincos_positions(value.shape[-1], module.grid_size))
+            else:
+                assert name in ("bias", "mask_token"), f"{path}.{name} has no initial value"
+            yield f"{path}.{name}" if path else name, value
+
+
 @torch.no_grad()
 def init_parameters(root: nn.Module, seed: int, prefix: str = "") -> None:
-    """Initialise: Linear Xavier-uniform with zero bias, LN 1/0, class tokens normal(0, 0.02), mask token zero.
-
-    Each random tensor is drawn whole on the CPU by a generator of its own, seeded from (seed, prefix + name).
-    """
-
-    def generator(name: str) -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(fold(0, seed, purpose(prefix + name)))
-
-    for name, module in root.named_modules():
-        if isinstance(module, nn.Linear):
-            weight = torch.empty(module.weight.shape, dtype=torch.float32)
-            nn.init.xavier_uniform_(weight, generator=generator(f"{name}.weight"))
-            module.weight.copy_(weight)
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, nn.LayerNorm):
-            module.weight.fill_(1.0)
-            module.bias.zero_()
-        elif isinstance(module, (VisionTransformer, CrossDecoder)):
-            token = torch.empty(module.cls_token.shape, dtype=torch.float32)
-            module.cls_token.copy_(token.normal_(0, CLASS_TOKEN_STD, generator=generator(f"{name}.cls_token")))
-            module.pos_embed.copy_(sincos_positions(module.pos_embed.shape[-1], module.grid_size))
-            if isinstance(module, CrossDecoder):
-                module.mask_token.zero_()
+    """Set every parameter and buffer to its value of `initial_values`."""
+    tensors = dict(chain(root.named_parameters(), root.named_buffers()))
+    for name, value in initial_values(root, seed, prefix):
+        tensors[name].copy_(value)

@@ -23,8 +23,8 @@ LEVELS = {
     "data.archives": 2.5, "data.parquet": 2.5, "data.unfinished": 2.5,
     "data.datasets": 2.6, "data.sharding": 2.6,
     "data.verify": 2.7,
-    "parallel": 3, "data.loader": 3,
-    "parallel.local": 3.5, "parallel.deepspeed": 3.5,
+    "parallel": 3, "parallel.engine": 3, "data.loader": 3,
+    "parallel.local": 3.5, "parallel.fsdp": 3.5, "parallel.deepspeed": 3.5,
     "eval.features": 4, "eval.clusters": 4,
     "eval.knn": 4.3,
     "eval.report": 4.6,
@@ -33,7 +33,7 @@ LEVELS = {
     "__main__": 6,
 }  # fmt: skip
 # The choice of a backend opens the chosen one only, inside a function: the one way up.
-DEFERRED = {("parallel", "parallel.local"), ("parallel", "parallel.deepspeed")}
+DEFERRED = {("parallel", f"parallel.{name}") for name in ("local", "fsdp", "deepspeed")}
 OPTIONAL = ("deepspeed", "wandb", "tensorboard", "matplotlib", "sklearn", "scipy", "pyarrow")
 TOP_LEVEL = {"lmim", "configs", "launch", "tools", "tests", "docker", "README.md", "setup.cfg", "LICENSE",
              "pyproject.toml", ".ci", ".gitignore", ".dockerignore"}  # fmt: skip

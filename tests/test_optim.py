@@ -107,7 +107,7 @@ def test_adamw_steps_are_numpys():
     """Decay on the weight and none on the bias, bias-corrected moments, a learning rate set anew every step."""
     model = nn.Linear(4, 3)
     config = OptimConfig(weight_decay=0.1, betas=[0.8, 0.9], eps=1e-6)
-    optimizer = build_adamw(model, config)
+    optimizer = build_adamw(parameter_groups(model, config.weight_decay), config)
     names = ("weight", "bias")
     w = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
     m, v = ({n: np.zeros_like(w[n]) for n in names} for _ in range(2))

@@ -271,16 +271,20 @@ def test_without_projector_only_its_names_are_gone():
 # --- noise -----------------------------------------------------------------------------------------------------------
 
 
+def noised(noise: BranchNoise, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return noise(x, noise.draw(keys))
+
+
 def test_noise_keeps_the_mean_and_drops_what_it_says():
     x, keys = torch.ones(4000, 3, 8), torch.arange(4000) * 31
-    paths = BranchNoise(0.3, 0.0, "a")(x, keys)
+    paths = noised(BranchNoise(0.3, 0.0, "a"), x, keys)
     assert set(np.round(paths.unique().tolist(), 5)) == {0.0, round(1 / 0.7, 5)}
     assert (paths == paths[:, :1, :1]).all()  # a whole sample's branch at once
     assert abs((paths[:, 0, 0] == 0).float().mean() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 4000)
-    elements = BranchNoise(0.0, 0.2, "a")(x, keys)
+    elements = noised(BranchNoise(0.0, 0.2, "a"), x, keys)
     assert set(np.round(elements.unique().tolist(), 5)) == {0.0, 1.25}
     assert ((elements.mean(0) - 1).abs() < 5 * 0.5 / math.sqrt(4000)).all()
-    both = BranchNoise(0.3, 0.2, "a")(x, keys)
+    both = noised(BranchNoise(0.3, 0.2, "a"), x, keys)
     torch.testing.assert_close(both, paths * elements)
 
 
@@ -288,11 +292,11 @@ def test_noise_is_a_function_of_key_and_place():
     x, keys = torch.ones(64, 3, 8), torch.arange(64) * 31
     noise = BranchNoise(0.4, 0.2, "encoder 0 attn")
     torch.manual_seed(0)
-    whole = noise(x, keys)
+    whole = noised(noise, x, keys)
     torch.manual_seed(1)
-    assert torch.equal(noise(x[10:30], keys[10:30]), whole[10:30])
-    assert not torch.equal(BranchNoise(0.4, 0.2, "encoder 1 attn")(x, keys), whole)
-    assert noise.eval()(x, keys) is x
+    assert torch.equal(noised(noise, x[10:30], keys[10:30]), whole[10:30])
+    assert not torch.equal(noised(BranchNoise(0.4, 0.2, "encoder 1 attn"), x, keys), whole)
+    assert noised(noise.eval(), x, keys) is x
 
 
 @torch.no_grad()

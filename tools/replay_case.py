@@ -82,7 +82,8 @@ def build(recorded: dict[str, Any], weights: dict[str, Tensor]) -> LatentMIM:
 
 
 def optimizer_for(latent_mim: LatentMIM, recorded: dict[str, Any]) -> torch.optim.AdamW:
-    return build_adamw(latent_mim, OptimConfig(weight_decay=recorded["weight_decay"], betas=recorded["betas"]))
+    config = OptimConfig(weight_decay=recorded["weight_decay"], betas=recorded["betas"])
+    return build_adamw(parameter_groups(latent_mim, config.weight_decay), config)
 
 
 def is_key_bias(name: str, size: int) -> slice | None:

@@ -7,7 +7,7 @@ trajectory, and its state goes in and out under the canonical names of `LatentMI
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -88,12 +88,41 @@ def lend(encoder: VisionTransformer, topology: Topology) -> Iterator[VisionTrans
         encoder.train(training)
 
 
+@contextmanager
+def lend_whole(
+    build: Callable[[], LatentMIM], which: str, tensors: Iterable[tuple[str, Tensor]], topology: Topology
+) -> Iterator[VisionTransformer]:
+    """Lend a whole copy of an encoder that is cut over ranks, filled from its tensors as they are gathered.
+
+    Gathered once, it costs one encoder's fp32 weights while it is lent; ranks may then run as many forwards as each
+    has images, where gathering in every forward would hang as soon as one rank has a batch more than another.
+    """
+    with torch.device("meta"):
+        encoder = build().get_submodule(which)
+    encoder.to_empty(device=topology.device)
+    with torch.no_grad():
+        places = encoder.state_dict(keep_vars=True)
+        for name, whole in tensors:
+            places[name].copy_(whole)
+    with lend(encoder, topology):
+        yield encoder
+
+
+def prepare_blocks(model: LatentMIM, config: Config) -> None:
+    """Set activation checkpointing and compile each block in place, so that names stay; before weights are cut."""
+    model.set_grad_checkpointing(config.parallel.activation_checkpointing)
+    if config.parallel.compile:
+        for part in (model.online, model.target, model.decoder):
+            for block in part.blocks:
+                block.compile()
+
+
 def build_backend(config: Config, topology: Topology, split: Split) -> Backend:
     """Return the backend that `parallel.backend` names, not yet prepared."""
     if config.parallel.backend == "local":
-        from lmim.parallel.local import LocalBackend
-
-        return LocalBackend(config, topology, split)
-    from lmim.parallel.deepspeed import DeepSpeedBackend
-
-    return DeepSpeedBackend(config, topology, split)
+        from lmim.parallel.local import LocalBackend as Chosen
+    elif config.parallel.backend == "fsdp":
+        from lmim.parallel.fsdp import FsdpBackend as Chosen
+    else:
+        from lmim.parallel.deepspeed import DeepSpeedBackend as Chosen
+    return Chosen(config, topology, split)

@@ -14,8 +14,8 @@ from torch import Tensor
 from lmim.config import Config, Split
 from lmim.dist import Topology
 from lmim.objective import LatentMIM, StepOutput
-from lmim.optim import build_adamw, ema_update, set_learning_rate
-from lmim.parallel import TrainState, attention_kernel, autocast, lend
+from lmim.optim import build_adamw, ema_update, parameter_groups, set_learning_rate
+from lmim.parallel import TrainState, attention_kernel, autocast, lend, prepare_blocks
 from lmim.schedules import Hyper
 from lmim.vit import VisionTransformer
 
@@ -27,9 +27,11 @@ class LocalBackend:
     def prepare(self, build: Callable[[], LatentMIM]) -> None:
         with torch.device("meta"):
             model = build()
+        prepare_blocks(model, self.config)
         self.model = model.to_empty(device=self.topology.device)
         self.model.init_weights(self.config.run.seed)
-        self.optimizer = build_adamw(self.model, self.config.optim)
+        optim = self.config.optim
+        self.optimizer = build_adamw(parameter_groups(self.model, optim.weight_decay), optim)
 
     def begin_step(self, hyper: Hyper) -> None:
         ema_update(self.model.target.parameters(), self.model.online.parameters(), hyper.momentum)
@@ -37,9 +39,10 @@ class LocalBackend:
         self.similarity_target = hyper.similarity_target
 
     def forward_backward(self, images: Tensor, keys: Tensor, *, last_micro: bool) -> StepOutput:
-        with autocast(self.topology, self.config), attention_kernel(self.topology):
-            out = self.model(images, keys, self.similarity_target)
-        (out.loss / self.split.accumulate).backward()
+        with attention_kernel(self.topology):
+            with autocast(self.topology, self.config):
+                out = self.model(images, keys, self.similarity_target)
+            (out.loss / self.split.accumulate).backward()
         return out
 
     def finish_step(self) -> Tensor:

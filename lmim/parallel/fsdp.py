@@ -1,0 +1,169 @@
+"""FSDP2 behind the Backend protocol: `fully_shard` on every block, over all ranks, in HSDP or as replicas.
+
+Every parameter, of the target too, is a DTensor cut along its first dimension over the `parallel.shard_ranks` ranks
+that share one copy; groups of such ranks hold replicas. The shards are fp32, and so is the target's copy: the EMA moves
+each rank's shard of the target towards its shard of the online encoder, which is cut alike, and communicates nothing.
+A target weight is gathered for the forward of its block and freed again.
+
+Invariant: the lists of shards are taken once, before any forward, and the target is cut again before the EMA.
+Otherwise `parameters()` may yield gathered copies, which the EMA would move in vain: FSDP2 keeps the parameters at a
+root gathered after a forward unless told not to.
+
+Online encoder, target and decoder are three roots and not one: each can then be lent alone for evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lmim.config import Config, ConfigError, Split
+from lmim.dist import Topology
+from lmim.objective import LatentMIM, StepOutput
+from lmim.optim import build_adamw, ema_update, parameter_groups, set_learning_rate
+from lmim.parallel import TrainState, attention_kernel, autocast, lend_whole, prepare_blocks
+from lmim.schedules import Hyper
+from lmim.vit import VisionTransformer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class FsdpBackend:
+    def __init__(self, config: Config, topology: Topology, split: Split):
+        self.config, self.topology, self.split = config, topology, split
+
+    def prepare(self, build: Callable[[], LatentMIM]) -> None:
+        self.build = build
+        with torch.device("meta"):
+            self.model = build()
+        prepare_blocks(self.model, self.config)
+        self._shard()
+        self.model.to_empty(device=self.topology.device)
+        with torch.no_grad():
+            tensors = self.model.state_dict(keep_vars=True)
+            for name, value in self.model.initial_values(self.config.run.seed):
+                put(tensors[name], value)
+        self.target_shards, self.online_shards = self._pairs()
+        optim = self.config.optim
+        self.optimizer = build_adamw(parameter_groups(self.model, optim.weight_decay), optim)
+
+    def _mesh(self) -> DeviceMesh:
+        world, device = self.topology.world_size, self.topology.device.type
+        shard = self.config.parallel.shard_ranks or world
+        if shard == world:
+            return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+        return init_device_mesh(device, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+    def _policy(self) -> MixedPrecisionPolicy:
+        """Return the precisions of gathering and reducing; only what autocast rounds to bf16 is gathered in bf16."""
+        precision, gathered = self.config.precision, {}
+        if precision.gather == "bf16":
+            if "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__:
+                raise ConfigError(
+                    "precision.gather (bf16) needs torch 2.15, which can leave norms and tokens in fp32; this is "
+                    f"{torch.__version__}: take fp32, or a newer torch"
+                )
+            matrices_only = lambda parameter: None if parameter.ndim == 2 else torch.float32  # noqa: E731
+            gathered = dict(param_dtype=torch.bfloat16, param_dtype_override_fn=matrices_only)
+        return MixedPrecisionPolicy(reduce_dtype=DTYPES[precision.reduce], cast_forward_inputs=False, **gathered)
+
+    def _shard(self) -> None:
+        """Cut the model: a group for every block, one for the projector, and one for what is left of each part."""
+        keep = self.config.parallel.keep_gathered
+        how = dict(mesh=self._mesh(), mp_policy=self._policy(), reshard_after_forward=not keep)
+        self.parts = (self.model.online, self.model.target, self.model.decoder)
+        for part in self.parts:
+            for block in part.blocks:
+                fully_shard(block, **how)
+            if isinstance(part, VisionTransformer) and part.projector.depth:
+                fully_shard(part.projector, **how)
+            fully_shard(part, **how)
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the local shards of target and online encoder, in pairs."""
+        pairs = list(zip(self.model.target.named_parameters(), self.model.online.parameters(), strict=True))
+        for (name, ours), theirs in pairs:
+            alike = ours.placements == theirs.placements and ours.device_mesh == theirs.device_mesh
+            assert alike and ours.shape == theirs.shape, f"{name} is cut otherwise in the target"
+        with torch.no_grad():
+            return [t.to_local() for (_, t), _ in pairs], [o.to_local() for _, o in pairs]
+
+    def begin_step(self, hyper: Hyper) -> None:
+        for module in self.model.target.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        ema_update(self.target_shards, self.online_shards, hyper.momentum)
+        set_learning_rate(self.optimizer, hyper.lr)
+        self.similarity_target = hyper.similarity_target
+
+    def forward_backward(self, images: Tensor, keys: Tensor, *, last_micro: bool) -> StepOutput:
+        for part in self.parts:
+            part.set_requires_gradient_sync(last_micro)
+        with attention_kernel(self.topology):
+            with autocast(self.topology, self.config):
+                out = self.model(images, keys, self.similarity_target)
+            (out.loss / self.split.accumulate).backward()
+        return out
+
+    def finish_step(self) -> Tensor:
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.config.optim.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.config.optim.clip_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def infer(self, which: str) -> AbstractContextManager[VisionTransformer]:
+        return lend_whole(self.build, which, self._whole(self.model.get_submodule(which)), self.topology)
+
+    def _whole(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Gather a module's tensors one after another; a collective."""
+        for name, tensor in module.state_dict().items():
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def state(self) -> TrainState:
+        main = self.topology.is_main
+        weights = {name: whole.cpu() for name, whole in self._whole(self.model) if main}
+        optimizer = {}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                if main:
+                    optimizer[f"{key}/{name}"] = whole.detach().cpu()
+        return TrainState(weights, optimizer)
+
+    @torch.no_grad()
+    def load_state(self, state: TrainState) -> None:
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            put(tensor, state.weights[name])
+        parameters = dict(self.model.named_parameters())
+        for item, value in state.optimizer.items():
+            key, name = item.split("/", 1)
+            parameter = parameters[name]
+            if key == "step":
+                value = value.clone().to(self.topology.device if self.optimizer.defaults["fused"] else "cpu")
+            else:
+                value = put(torch.empty_like(parameter), value)
+            self.optimizer.state[parameter][key] = value
+
+    def close(self) -> None:
+        del self.model, self.optimizer, self.parts, self.target_shards, self.online_shards
+
+
+def put(tensor: Tensor, whole: Tensor) -> Tensor:
+    """Write a rank's part of `whole`, which every rank has, into `tensor`, and return that."""
+    if isinstance(tensor, DTensor):
+        mesh, whole = tensor.device_mesh, whole.to(tensor.device)
+        cut = distribute_tensor(whole, mesh, tensor.placements, src_data_rank=None)  # None: nothing is sent
+        tensor.to_local().copy_(cut.to_local())
+    else:
+        tensor.copy_(whole)
+    return tensor
