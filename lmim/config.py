@@ -126,7 +126,7 @@ class ParallelConfig:
     zero_stage: int = 1  # deepspeed: what is cut over ranks: 0 nothing, 1 AdamW, 2 gradients too, 3 weights too
     deepspeed_config: str = ""  # JSON file of further DeepSpeed options, such as offload_optimizer
     shard_ranks: Optional[int] = None  # fsdp: ranks that share one copy; empty: all; fewer: HSDP; 1: replicas
-    keep_gathered: bool = False  # fsdp: gather weights once a step, not in every forward and backward: more memory
+    keep_gathered: bool = False  # fsdp, ZeRO-3: weights stay gathered from forward to backward: faster, more memory
     activation_checkpointing: bool = False  # blocks run again in the backward instead of keeping activations
     compile: bool = False  # torch.compile, block by block
     timeout_minutes: float = 30.0  # of any collective

@@ -68,13 +68,18 @@ def free_port() -> int:
                 return port
 
 
-def train_command(shards: Path, run_folder: Path, *settings: str, ranks: int = 0) -> list[str]:
-    """Return the command of a tiny run: alone for 0 ranks, else through the deepspeed launcher."""
-    alone = [sys.executable, "-m", "lmim"]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port",
-                str(free_port()), "--module", "lmim"]  # fmt: skip
+def train_command(
+    shards: Path, run_folder: Path, *settings: str, ranks: int = 0, launcher: str = "deepspeed"
+) -> list[str]:
+    """Return the command of a tiny run: alone for 0 ranks, else through the deepspeed launcher or torchrun."""
+    programs, port = Path(sys.executable).parent, str(free_port())
+    started_by = {
+        "deepspeed": [str(programs / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, "--module", "lmim"],
+        "torchrun": [str(programs / "torchrun"), "--nproc-per-node", str(ranks), "--master-port", port, "-m", "lmim"],
+    }
     return [
-        *(launcher if ranks else alone), "train", "configs/quickstart.yaml", *TINY, f"run.folder={run_folder}",
+        *(started_by[launcher] if ranks else [sys.executable, "-m", "lmim"]),
+        "train", "configs/quickstart.yaml", *TINY, f"run.folder={run_folder}",
         f"data.train={shards}/train", f"data.eval={shards}/eval", *settings,
     ]  # fmt: skip
 

@@ -26,19 +26,16 @@ def test_loader_workers_change_nothing(reference, shards, tmp_path, workers):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1])
-def test_deepspeed_takes_the_same_trajectory(reference, shards, tmp_path, stage, ranks):
-    run_training(
-        shards, tmp_path / "run", STEPS, "parallel.backend=deepspeed", f"parallel.zero_stage={stage}", ranks=ranks
-    )
+@pytest.mark.parametrize("ranks, settings", [
+    (1, ["parallel.backend=deepspeed"]),
+    (2, ["parallel.backend=deepspeed", "parallel.zero_stage=3"]),
+])  # fmt: skip
+def test_under_the_deepspeed_launcher(reference, shards, tmp_path, ranks, settings):
+    run_training(shards, tmp_path / "run", STEPS, *settings, ranks=ranks)
     assert losses(tmp_path / "run") == pytest.approx(reference, rel=1e-5)
 
 
 @pytest.mark.launch
-def test_clipping_is_on_the_whole_gradient(reference, shards, tmp_path):
-    clip = (STEPS, "optim.clip_norm=0.05")
-    run_training(shards, tmp_path / "local", *clip, "parallel.backend=local")
-    run_training(shards, tmp_path / "zero1", *clip, "parallel.backend=deepspeed", ranks=2)
-    assert losses(tmp_path / "zero1") == pytest.approx(losses(tmp_path / "local"), rel=1e-5)
-    assert losses(tmp_path / "local")[-1] != pytest.approx(reference[-1], rel=1e-5)
+def test_under_torchrun(reference, shards, tmp_path):
+    run_training(shards, tmp_path / "run", STEPS, "parallel.backend=fsdp", ranks=2, launcher="torchrun")
+    assert losses(tmp_path / "run") == pytest.approx(reference, rel=1e-5)

@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     # from forward to backward; parallel.activation_checkpointing spares that too.
     "zero_optimization": {"memory_efficient_linear": False},
 }
+FAR = 10**9  # numbers; DeepSpeed's default: a ViT's weights then stay gathered from forward to backward
 OFF = (None, False, "auto", {}, 0, 1)
 
 
@@ -50,6 +51,7 @@ def engine_config(config: Config, split: Split) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
     if parallel.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = 0
+        zero["stage3_max_reuse_distance"] = FAR if parallel.keep_gathered else 0
     fixed = {
         "train_micro_batch_size_per_gpu": split.micro_batch,
         "gradient_accumulation_steps": 1,
@@ -57,6 +59,8 @@ def engine_config(config: Config, split: Split) -> dict[str, Any]:
         "zero_optimization": zero,
         "torch_autocast": autocast,
     }
+    if precision.reduce == "bf16" and parallel.zero_stage == 0:
+        fixed["communication_data_type"] = "bf16"  # ZeRO-0 reduces as this says and not as autocast does
     if not parallel.deepspeed_config:
         return _over(DEFAULTS, fixed)
     theirs = _read(Path(parallel.deepspeed_config))

@@ -1,0 +1,213 @@
+"""Backends run side by side in a few processes: `python -m tests.ranks JOBS.json FOLDER`, one process a rank.
+
+A job names a backend's settings and what to do with it. One start of the processes does many jobs, since importing
+torch and DeepSpeed costs more than twenty steps of the tiny model.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lmim import dist
+from lmim.config import Config, load_config, validate
+from lmim.objective import LatentMIM
+from lmim.parallel import Backend, build_backend
+from lmim.patches import Views
+from lmim.schedules import Hyper, Schedules
+from tests.conftest import REPOSITORY, TINY, free_port, process_environment
+
+GLOBAL_BATCH, CROP = 32, 35
+
+
+def run_jobs(ranks: int, jobs: list[dict[str, Any]], folder: Path, timeout_s: float = 280) -> None:
+    """Do jobs on so many processes; each leaves FOLDER/NAME.rankR.pt."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    shared = dict(process_environment(), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # fmt: skip
+    command = [sys.executable, "-m", "tests.ranks", str(folder / "jobs.json"), str(folder)]
+    processes = []
+    for rank in range(ranks):
+        with (folder / f"rank{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log,
+                                              env=dict(shared, RANK=str(rank), LOCAL_RANK=str(rank))))  # fmt: skip
+    try:
+        codes = [process.wait(timeout=timeout_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * ranks, "\n".join(
+        (folder / f"rank{rank}.log").read_text()[-3000:] for rank, code in enumerate(codes) if code
+    )
+
+
+def result(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:
+    """Return what a job left."""
+    return torch.load(folder / f"{name}.rank{rank}.pt", weights_only=True)
+
+
+def tiny_config(settings: list[str]) -> Config:
+    return load_config(REPOSITORY / "configs" / "quickstart.yaml", [*TINY, "data.micro_batch=8", *settings])
+
+
+class Driver:
+    """A backend and the steps it takes on made-up images, the same whatever the number of ranks."""
+
+    def __init__(self, settings: list[str], topology: dist.Topology, steps: int = 20):
+        self.config, self.topology = tiny_config(settings), topology
+        self.split = validate(self.config, topology.world_size)
+        self.schedules = Schedules(steps, 2, 1e-3, 0.25, 0.9, 0.75, 0.25)
+        self.backend: Backend = build_backend(self.config, topology, self.split)
+        self.backend.prepare(lambda: LatentMIM(self.config.model, self.config.objective))
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randint(0, 256, (GLOBAL_BATCH, 3, CROP, CROP), dtype=torch.uint8, generator=generator)
+        keys = torch.arange(GLOBAL_BATCH) + GLOBAL_BATCH * step
+        for micro in range(self.split.accumulate):
+            start = (micro * self.topology.world_size + self.topology.rank) * self.split.micro_batch
+            yield images[start : start + self.split.micro_batch], keys[start : start + self.split.micro_batch]
+
+    def backward(self, step: int) -> float:
+        """Do all of a step but its end, and return the loss over all ranks."""
+        self.backend.begin_step(self.schedules.at(step))
+        loss = torch.zeros(())
+        for micro, (images, keys) in enumerate(self.micro_batches(step)):
+            last = micro == self.split.accumulate - 1
+            loss += self.backend.forward_backward(images, keys, last_micro=last).loss.detach() / self.split.accumulate
+        return dist.mean_over_ranks(loss).item()
+
+    def step(self, step: int) -> tuple[float, float]:
+        return self.backward(step), float(self.backend.finish_step())
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return AdamW's groups without their tensors."""
+        optimizer = getattr(self.backend, "adamw", None) or self.backend.optimizer
+        kept = ("names", "weight_decay", "betas", "eps", "lr")
+        return [{key: group[key] for key in kept} for group in optimizer.param_groups]
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def train(settings: list[str], topology: dist.Topology, steps: int = 20, resume: bool = False) -> dict[str, Any]:
+    """Take steps; with `resume` a state goes out in the middle and into a backend built anew."""
+    driver = Driver(settings, topology, steps)
+    groups, taken = [driver.groups()], []
+    for step in range(steps):
+        if resume and step == steps // 2:
+            shared = [driver.backend.state()]
+            if topology.world_size > 1:
+                torch.distributed.broadcast_object_list(shared)
+            driver.backend.close()
+            driver = Driver(settings, topology, steps)
+            driver.backend.load_state(shared[0])
+            groups.append(driver.groups())
+        taken.append(driver.step(step))
+    with driver.backend.infer("target") as encoder:
+        features = encoder.forward_features(torch.linspace(-1, 1, 3 * 28 * 28).view(1, 3, 28, 28)).clone()
+    state = driver.backend.state()
+    driver.backend.close()
+    losses, norms = zip(*taken, strict=True)
+    return dict(losses=losses, norms=norms, groups=groups, features=features, weights=state.weights,
+                optimizer=state.optimizer)  # fmt: skip
+
+
+def freshness(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
+    """Take four steps, then an EMA with momentum 0, and compare what target and online encoder make of one input."""
+    driver = Driver(settings, topology)
+    for step in range(4):
+        driver.step(step)
+    model, seen = driver.backend.model, {}
+    for which in ("online", "target"):
+        model.get_submodule(which).register_forward_hook(
+            lambda module, inputs, output, which=which: seen.update({which: output.detach().clone()})
+        )
+    same_cells = torch.arange(20).expand(8, -1)
+    offsets = torch.zeros(8, driver.config.model.grid_size**2, dtype=torch.long)
+    plain_forward = model.forward
+    views = Views(same_cells, same_cells, offsets, offsets)
+    model.forward = lambda images, keys, similarity: plain_forward(images, keys, similarity, views)
+    differences = []
+    for momentum in (1.0, 0.0):
+        driver.backend.begin_step(Hyper(lr=0.0, momentum=momentum, similarity_target=0.5))
+        for micro, (images, keys) in enumerate(driver.micro_batches(9)):
+            last = micro == driver.split.accumulate - 1
+            driver.backend.forward_backward(images, keys, last_micro=last)
+        driver.backend.finish_step()
+        differences.append((seen["online"] - seen["target"]).abs().max().item())
+    driver.backend.close()
+    return dict(before=differences[0], after=differences[1])
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the bytes of every collective: of what is summed, of what is gathered, of what is scattered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.dtypes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace:
+            tensors = [x for x in _flat([*args, *(kwargs or {}).values()]) if isinstance(x, Tensor)]
+            name = func.__name__.split(".")[0].strip("_")
+            if tensors and name not in ("wait_tensor", "barrier"):
+                largest = max(tensors, key=lambda tensor: tensor.nbytes)
+                self.bytes[name] += largest.nbytes
+                self.dtypes[f"{name} {largest.dtype}"] += largest.nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def _flat(values: list[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(list(value))
+        else:
+            yield value
+
+
+def communication(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
+    """Count the collectives of the EMA and of a whole step, after two steps for what is done once."""
+    driver = Driver(settings, topology)
+    for step in range(2):
+        driver.step(step)
+    with Collectives() as of_ema:
+        driver.backend.begin_step(driver.schedules.at(2))
+    with Collectives() as of_step:
+        for micro, (images, keys) in enumerate(driver.micro_batches(2)):
+            last = micro == driver.split.accumulate - 1
+            driver.backend.forward_backward(images, keys, last_micro=last)
+        driver.backend.finish_step()
+    driver.backend.close()
+    return dict(ema=dict(of_ema.bytes), step=dict(of_step.bytes), dtypes=dict(of_step.dtypes))
+
+
+JOBS = {job.__name__: job for job in (train, freshness, communication)}
+
+
+def main(jobs: Path, folder: Path) -> None:
+    topology = dist.discover()
+    dist.init(topology, timeout_minutes=4)
+    try:
+        for job in json.loads(jobs.read_text()):
+            outcome = JOBS[job["do"]](job["settings"], topology, **job.get("options", {}))
+            torch.save(outcome, folder / f"{job['name']}.rank{topology.rank}.pt")
+            gc.collect()
+    finally:
+        dist.shutdown()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
