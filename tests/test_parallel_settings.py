@@ -1,0 +1,116 @@
+"""Wrong settings of backends get one line each, and a DeepSpeed JSON says nothing against the configuration."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lmim.config import Config, ConfigError, Split, load_config, validate
+from lmim.dist import Topology
+from lmim.parallel import build_backend
+from lmim.parallel.engine import engine_config
+from tests.conftest import REPOSITORY, TINY
+
+MISTAKES = [
+    (8, "parallel.zero_stage=4", ["parallel.zero_stage", "(4)", "0, 1, 2, 3"]),
+    (8, "parallel.backend=ddp", ["parallel.backend", "(ddp)", "deepspeed, fsdp, local"]),
+    (2, "parallel.backend=local", ["parallel.backend (local)", "2", "fsdp"]),
+    (8, "parallel.backend=fsdp parallel.shard_ranks=3", ["parallel.shard_ranks (3)", "(8)", "1, 2, 4, 8"]),
+    (4, "parallel.backend=fsdp parallel.shard_ranks=8", ["parallel.shard_ranks (8)", "(4)", "1, 2, 4"]),
+    (4, "parallel.backend=fsdp parallel.shard_ranks=0", ["parallel.shard_ranks (0)", "above 0"]),
+    (4, "parallel.backend=fsdp parallel.deepspeed_config=a.json", ["deepspeed_config (a.json)", "(fsdp)"]),
+    (4, "precision.reduce=bf16 precision.compute=fp32", ["precision.reduce (bf16)", "precision.compute (fp32)"]),
+    (4, "precision.gather=bf16", ["precision.gather (bf16)", "parallel.backend=fsdp", "zero_stage=3"]),
+    (4, "precision.gather=bf16 parallel.zero_stage=3", ["precision.gather (bf16)", "precision.reduce (fp32)", "alike"]),
+]
+
+
+@pytest.mark.parametrize(("ranks", "settings", "words"), MISTAKES, ids=lambda value: str(value)[:60])
+def test_a_setting_that_cannot_be_names_what_can(ranks, settings, words):
+    config = load_config(REPOSITORY / "configs" / "quickstart.yaml", settings.split())
+    with pytest.raises(ConfigError) as caught:
+        validate(config, ranks)
+    assert "\n" not in str(caught.value)
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+def with_json(tmp_path, content: object, *settings: str) -> Config:
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return load_config(REPOSITORY / "configs" / "quickstart.yaml", [*settings, f"parallel.deepspeed_config={path}"])
+
+
+SPLIT = Split(world_size=4, micro_batch=16, accumulate=2)
+CONTRADICTIONS = [
+    ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage is 3", "parallel.zero_stage", "it 1"]),
+    ({"train_batch_size": 64}, ["train_batch_size is 64", "data.global_batch", "128"]),
+    ({"train_micro_batch_size_per_gpu": 8}, ["train_micro_batch_size_per_gpu is 8", "data.micro_batch", "16"]),
+    ({"gradient_accumulation_steps": 1}, ["gradient_accumulation_steps is 1", "data.global_batch", "it 2"]),
+    ({"gradient_clipping": 1.0}, ["gradient_clipping is 1.0", "optim.clip_norm", "0.0"]),
+    ({"torch_autocast": {"enabled": False}}, ["torch_autocast.enabled is False", "precision.compute", "True"]),
+    ({"fp16": {"enabled": True}}, ["fp16.enabled", "precision.compute"]),
+    ({"bf16": {"enabled": True}}, ["bf16.enabled", "precision.compute=bf16"]),
+    ({"optimizer": {"type": "Adam", "params": {"lr": 1}}}, ["optimizer.type (Adam)", "optim.*"]),
+    ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation (False)"]),
+    ({"communication_data_type": "fp16"}, ["communication_data_type (fp16)", "precision.reduce"]),
+    ({"zero_optimization": {"zero_hpz_partition_size": 8}}, ["zero_hpz_partition_size (8)", "EMA"]),
+    ("{", ["is not valid JSON"]),
+    ("[]", ["one object"]),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), CONTRADICTIONS, ids=lambda value: str(value)[:60])
+def test_a_json_that_contradicts_names_both_values(tmp_path, content, words):
+    with pytest.raises(ConfigError) as caught:
+        engine_config(with_json(tmp_path, content, "data.global_batch=128"), SPLIT)
+    assert "\n" not in str(caught.value) and "ds.json" in str(caught.value)
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+def test_a_missing_json_is_named(tmp_path):
+    config = load_config(REPOSITORY / "configs" / "quickstart.yaml", ["parallel.deepspeed_config=nowhere.json"])
+    with pytest.raises(ConfigError, match=r"parallel\.deepspeed_config \(nowhere\.json\) cannot be read: No such file"):
+        engine_config(config, SPLIT)
+
+
+def test_what_a_json_adds_goes_through(tmp_path):
+    """Offloading, sizes of buckets and defaults of ours that are no setting; what agrees, and "auto", is no fault."""
+    theirs = {
+        "train_batch_size": "auto", "gradient_accumulation_steps": 2, "fp16": {"enabled": False},
+        "managed_gradient_accumulation": True,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000,
+                              "memory_efficient_linear": True},
+        "wall_clock_breakdown": True,
+    }  # fmt: skip
+    made = engine_config(with_json(tmp_path, theirs, "data.global_batch=128", "parallel.zero_stage=2"), SPLIT)
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000}
+    assert made["zero_optimization"] == {**zero, "memory_efficient_linear": True}
+    assert made["wall_clock_breakdown"] is True and "train_batch_size" not in made
+    assert made["gradient_accumulation_steps"] == 1  # the engine's own: the backend adds micro-batches up
+    assert made["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_engine_config_is_one_that_deepspeed_takes(stage):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for precision in ("precision.reduce=fp32", "precision.reduce=bf16"):
+        config = load_config(REPOSITORY / "configs" / "quickstart.yaml", [f"parallel.zero_stage={stage}", precision])
+        read = DeepSpeedConfig(engine_config(config, SPLIT))
+        assert read.zero_optimization_stage == stage and read.gradient_accumulation_steps == 1
+        if stage == 3:
+            assert read.zero_config.param_persistence_threshold == 0
+
+
+def test_gathering_in_bf16_is_refused_where_torch_cannot_keep_norms_in_fp32(monkeypatch):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    fields = {k: v for k, v in MixedPrecisionPolicy.__dataclass_fields__.items() if k != "param_dtype_override_fn"}
+    monkeypatch.setattr(MixedPrecisionPolicy, "__dataclass_fields__", fields)
+    settings = [*TINY, "parallel.backend=fsdp", "precision.compute=bf16", "precision.gather=bf16"]
+    config = load_config(REPOSITORY / "configs" / "quickstart.yaml", settings)
+    alone = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
+    with pytest.raises(ConfigError, match=r"precision\.gather \(bf16\) needs torch 2\.15"):
+        build_backend(config, alone, validate(config, 1))
