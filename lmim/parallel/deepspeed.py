@@ -85,7 +85,7 @@ class DeepSpeedBackend:
             deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=self.engine_config)
 
     def _share_masters(self) -> None:
-        """Let ZeRO-3's fp32 masters be the fp32 weights, which it means to do but for a device and its name differing."""
+        """Let ZeRO-3's fp32 masters be its fp32 weights: it copies them, as it takes a device and its name for two."""
         optimizer = self.engine.optimizer
         for master, weights in zip(
             optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
