@@ -240,4 +240,4 @@ def test_no_rank_holds_more_of_a_huge_model_than_its_share_and_a_block(outcomes,
     if name == "ZeRO-3":  # holds gradients, AdamW's moments and one bucket from the start
         share += (4 + 8) * built["trained"] / 4 + 4 * 5e7
     noise = 64e6  # bytes; of the process itself, such as sockets' buffers
-    assert 0.9 * share - 4 * 5e7 < built["end"] < built["peak"] < share + 4 * built["block"] + noise
+    assert 0.9 * share - 4 * 5e7 < built["end"] <= built["peak"] < share + 4 * built["block"] + noise
