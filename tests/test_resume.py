@@ -53,6 +53,7 @@ def test_stopped_alone(unbroken, shards, tmp_path, number):
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_ctrl_c_under_the_launcher(unbroken, shards, tmp_path):
     """Ctrl-C reaches the launcher and both ranks at once, as from a terminal."""
     settings = (STEPS, "parallel.backend=deepspeed")
@@ -82,15 +83,16 @@ def test_killed_without_warning(unbroken, shards, tmp_path):
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_goes_on_with_another_backend_and_number_of_ranks(unbroken, shards, tmp_path):
-    """From one process to ZeRO-0 on two ranks, and, stopped again, back to one process."""
-    zero0 = (STEPS, "parallel.backend=deepspeed", "parallel.zero_stage=0")
+    """From one process to ZeRO-3 on two ranks, and, stopped again, to FSDP2 on as many."""
+    zero3 = (STEPS, "parallel.backend=deepspeed", "parallel.zero_stage=3")
     command = train_command(shards, tmp_path / "run", STEPS, "parallel.backend=local")
     assert interrupt(command, tmp_path / "run", signal.SIGINT, after_steps=4, group=True) == 75
-    command = train_command(shards, tmp_path / "run", *zero0, ranks=2)
+    command = train_command(shards, tmp_path / "run", *zero3, ranks=2)
     interrupt(command, tmp_path / "run", signal.SIGINT, after_steps=len(losses(tmp_path / "run")) + 4, group=True)
     assert len(losses(tmp_path / "run")) < 24
-    run_training(shards, tmp_path / "run", STEPS, "parallel.backend=local")
+    run_training(shards, tmp_path / "run", STEPS, "parallel.backend=fsdp", ranks=2, launcher="torchrun")
     assert losses(tmp_path / "run") == pytest.approx(unbroken, rel=1e-5)
 
 
