@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -17,10 +18,14 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from lmim.config import ConfigError
+from lmim.heartbeat import Heartbeat
 
 logger = logging.getLogger(__name__)
+MOST_SILENCE_S = 300.0  # of a rank, whatever the time limit of collectives
+_heartbeat: Heartbeat | None = None
 
 # launcher: names of (rank, world size, rank on this host, ranks on this host)
 _LAUNCHERS = {
@@ -108,18 +113,47 @@ def init(topology: Topology, timeout_minutes: float) -> None:
             raise ConfigError(
                 f"{name} is not set: the first host's address and a free port there must reach every rank"
             )
+    timeout = timedelta(minutes=timeout_minutes)
+    if alone:  # nobody to meet: a port, however free it looked, may be taken by the time it is opened
+        store = torch.distributed.HashStore()
+    else:
+        store, *_ = next(rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if topology.device.type == "cuda" else "gloo",
-        # one rank has nobody to meet: a port, however free it looked, may be taken by the time it is opened
-        store=torch.distributed.HashStore() if alone else None,
-        timeout=timedelta(minutes=timeout_minutes),
+        store=torch.distributed.PrefixStore("lmim", store),
+        timeout=timeout,
         rank=topology.rank,
         world_size=topology.world_size,
     )
+    if not alone:
+        global _heartbeat
+        signs = torch.distributed.PrefixStore("heartbeat", store.clone())
+        limit_s = min(60 * timeout_minutes, MOST_SILENCE_S)
+        _heartbeat = Heartbeat(signs, topology.rank, topology.world_size, socket.gethostname(), limit_s)
+
+
+def fail(error: BaseException) -> None:
+    """Say that this rank ends with an error; if it came from others that are gone, name them and end at once.
+
+    Where a peer is gone, closing the process group in order would wait for it.
+    """
+    global _heartbeat
+    if _heartbeat is None:
+        return
+    gone = _heartbeat.missing() if isinstance(error, RuntimeError) else None
+    if gone:
+        logger.debug("what failed here", exc_info=error)
+        _heartbeat.end(gone)
+    _heartbeat.leave(" ".join(str(error).split()) or type(error).__name__)
+    _heartbeat = None
 
 
 def shutdown() -> None:
     """Leave the process group; without it CPU runs may abort at exit."""
+    global _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.leave()
+        _heartbeat = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -257,10 +257,12 @@ def train(config: Config | str | Path) -> int:
     try:
         run.open_data()
         backend = run.build()
-        try:
-            return _steps(run, backend, run.resume(), stop)
-        finally:
-            backend.close()
+        code = _steps(run, backend, run.resume(), stop)
+        backend.close()
+        return code
+    except Exception as error:
+        dist.fail(error)
+        raise
     finally:
         stop.close()
         dist.shutdown()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Every module of the package and its floor; an import must lead to a lower one. "" is lmim/__init__.py.
 LEVELS = {
     "config": 0, "randomness": 0, "version": 0, "data": 0, "eval": 0,
-    "patches": 1, "schedules": 1, "optim": 1, "dist": 1,
+    "patches": 1, "schedules": 1, "optim": 1, "heartbeat": 0.5, "dist": 1,
     "vit": 1.5,
     "objective": 2, "convert": 2, "data.transforms": 2,
     "metrics": 2.2, "checkpoint": 2.2, "data.sources": 2.2, "data.plan": 2.2, "data.nvjpeg": 2.2,
