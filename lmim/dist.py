@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 from dataclasses import dataclass
@@ -92,6 +93,20 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def _slurm_meeting_point() -> dict[str, str]:
+    """Return the first host of the job step, and a port that follows from job and step, as `srun` gives neither.
+
+    The list of hosts is Slurm's, such as 'gpu[03-05,7],big1', whose first is gpu03.
+    """
+    hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])+", hosts)
+    if not first:
+        return {}
+    numbers = [int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
+    port = 20_000 + (numbers[0] * 31 + numbers[1]) % 12_000  # below those that connections going out are given
+    return dict(MASTER_ADDR=re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0]), MASTER_PORT=str(port))
+
+
 def available_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -108,6 +123,9 @@ def init(topology: Topology, timeout_minutes: float) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
     alone = topology.world_size == 1
+    if topology.launcher == "slurm":
+        for name, value in _slurm_meeting_point().items():
+            os.environ.setdefault(name, value)
     for name in () if alone else ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ConfigError(

@@ -1,0 +1,81 @@
+"""Ranks find themselves and each other under every launcher, from what it sets and from nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lmim import dist
+from tests.conftest import REPOSITORY, process_environment
+
+SLURM = dict(SLURM_PROCID="3", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_NNODES="4", SLURM_STEP_ID="0")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Return a function that sets the environment's variables, with none of a launcher's left."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "CROSS_SIZE", "MASTER_")) or name.endswith(("RANK", "WORLD_SIZE")):
+            monkeypatch.delenv(name)
+
+    def set_variables(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, (0, 1, 0, 1, "none")),
+        (dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2"), (3, 8, 1, 2, "torchrun or deepspeed")),
+        (dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", CROSS_SIZE="2"), (3, 8, 1, 4, "torchrun or deepspeed")),
+        (SLURM, (3, 8, 1, 2, "slurm")),
+        (dict(SLURM, SLURM_NTASKS_PER_NODE="4"), (3, 8, 1, 4, "slurm")),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}, (0, 1, 0, 1, "none")),  # a shell in an allocation
+        (dict(SLURM, SLURM_NTASKS="1", SLURM_PROCID="0"), (0, 1, 0, 1, "none")),
+        (dict(OMPI_COMM_WORLD_RANK="3", OMPI_COMM_WORLD_SIZE="8", OMPI_COMM_WORLD_LOCAL_RANK="1",
+              OMPI_COMM_WORLD_LOCAL_SIZE="2"), (3, 8, 1, 2, "openmpi")),
+        (dict(SLURM, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2"),
+         (0, 2, 0, 2, "torchrun or deepspeed")),  # torchrun started by srun
+    ],
+)  # fmt: skip
+def test_rank_and_size_come_from_the_launcher(environment, variables, found):
+    environment(**variables)
+    here = dist.discover()
+    assert (here.rank, here.world_size, here.local_rank, here.local_world_size, here.launcher) == found
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu7,gpu9", "gpu7"),
+        ("gpu[03-05,7],big1", "gpu03"),
+        ("gpu[12,14]", "gpu12"),
+        ("rack[1-2]-node[03,05].site", "rack1-node03.site"),
+        ("10.0.0.[4-6]", "10.0.0.4"),
+    ],
+)
+def test_the_first_host_of_a_slurm_step_is_where_ranks_meet(environment, hosts, first):
+    environment(SLURM_STEP_NODELIST=hosts, SLURM_JOB_NODELIST="other", SLURM_JOB_ID="4711", SLURM_STEP_ID="2")
+    found = dist._slurm_meeting_point()
+    assert found["MASTER_ADDR"] == first
+    assert 20_000 <= int(found["MASTER_PORT"]) < 32_000
+    environment(SLURM_STEP_ID="3")
+    assert dist._slurm_meeting_point()["MASTER_PORT"] != found["MASTER_PORT"]  # two steps of a job at once
+
+
+def test_tasks_of_srun_meet_without_further_settings():
+    program = "from lmim import dist; t = dist.discover(); dist.init(t, 1); print(dist.gather_objects(t.rank)); " \
+              "dist.shutdown()"  # fmt: skip
+    shared = dict(process_environment(), SLURM_NTASKS="2", SLURM_STEP_ID="0", SLURM_NNODES="1", OMP_NUM_THREADS="1",
+                  SLURM_STEP_NODELIST="localhost", SLURM_JOB_ID=str(os.getpid()))  # fmt: skip
+    tasks = [subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
+                              env=dict(shared, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)))
+             for rank in range(2)]  # fmt: skip
+    assert [task.communicate(timeout=60)[0] for task in tasks] == ["[0, 1]\n"] * 2
