@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--mfu", type=float, default=0.4,
                          help="share of the dense bf16 peak that is reached, an assumption (default: 0.4)")  # fmt: skip
     command.add_argument("--images", type=int, default=IMAGENET_IMAGES,
-                         help="images in an epoch where data.train has no index here (default: ImageNet-1K)")  # fmt: skip
+                         help="of an epoch where data.train has no index here (default: ImageNet-1K)")  # fmt: skip
     command.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     command.set_defaults(run=_plan)
 

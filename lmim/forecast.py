@@ -207,21 +207,29 @@ def print_plan(told: dict[str, Any]) -> None:
 
 
 def _table(told: dict[str, Any]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("")
     table.add_column("setting", no_wrap=True)
-    heads = ("weights", "grads", "AdamW", "EMA", "buffers", "activ.", "total\nGB", "fits", "max\nmicro", "sent GB\na step",
-             "sending\nms", "compute\nms", "images\n/s", "days")  # fmt: skip
-    for head in heads:
+    for head in ("weights", "grads", "AdamW", "EMA", "buffers", "activ.", "total\nGB", "fits", "max\nmicro",
+                 "sent\nGB", "sending\nms", "compute\nms", "images\n/s", "days"):  # fmt: skip
         table.add_column(head, justify="right", no_wrap=True)
     kinds = ("weights", "gradients", "optimizer", "ema", "buffers", "activations", "total")
     for row in told["settings"]:
-        marks = ">" * row["recommended"] + "*" * row["configured"]
         table.add_row(
-            marks, row["setting"] + ", ckpt" * row["activation_checkpointing"],
-            *(f"{row[f'{kind}_bytes'] / 1e9:.2f}" for kind in kinds), "yes" if row["fits"] else "no",
-            str(row["largest_micro_batch_images"]), f"{row['wire_bytes_per_step'] / 1e9:.2f}",
-            f"{1e3 * row['communication_s_per_step']:.1f}", f"{1e3 * row['compute_s_per_step']:.1f}",
-            f"{row['images_per_s']:.0f}", f"{row['days']:.2f}", style="bold" if row["recommended"] else None,
-        )  # fmt: skip
+            ">" * row["recommended"] + "*" * row["configured"],
+            row["setting"] + ", ckpt" * row["activation_checkpointing"],
+            *(_short(row[f"{kind}_bytes"] / 1e9) for kind in kinds),
+            "yes" if row["fits"] else "no",
+            str(row["largest_micro_batch_images"]),
+            _short(row["wire_bytes_per_step"] / 1e9),
+            _short(1e3 * row["communication_s_per_step"]),
+            _short(1e3 * row["compute_s_per_step"]),
+            f"{row['images_per_s']:.0f}",
+            _short(row["days"]),
+            style="bold" if row["recommended"] else None,
+        )
     return table
+
+
+def _short(value: float) -> str:
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"

@@ -180,8 +180,7 @@ def state_bytes(config: Config, world_size: int) -> StateBytes:
     trained = parts["online"].parameters + parts["decoder"].parameters
     buffers = FP32 * sum(part.buffers for part in parts.values())
     of_weights = shared if cuts_weights(config) else 1
-    beside = shared > 1 and of_weights == 1  # the copy that ZeRO-1 and 2 step
-    beside = beside or (config.parallel.backend == "deepspeed" and config.parallel.zero_stage in (1, 2))
+    beside = config.parallel.backend == "deepspeed" and config.parallel.zero_stage in (1, 2)
     return StateBytes(
         weights=FP32 * trained // of_weights + buffers,
         gradients=FP32 * trained // shared,
@@ -217,57 +216,60 @@ def buffer_bytes(config: Config, split: Split) -> int:
 
 
 class ActivationBytes(NamedTuple):
-    """What the backward needs: per image, and once (bf16 copies of the weights); and the target's forward at its peak.
+    """Bytes that the backward needs, of each image, and the target's forward at its peak.
 
     The target runs before anything is kept, so the larger of the two counts.
     """
 
-    per_image: int
-    weight_copies: int
+    kept_per_image: int  # by autograd, from online encoder, decoder and loss; and the crop
+    rerun_per_image: int  # of the one block that activation checkpointing runs again
     target_per_image: int
+    weight_copies: int  # bf16 copies that autocast makes and the backward uses again; the same for any batch
 
     def peak(self, micro_batch: int) -> int:
         """Return the bytes of a micro-batch of so many images."""
-        return self.weight_copies + micro_batch * max(self.per_image, self.target_per_image)
+        per_image = max(self.kept_per_image + self.rerun_per_image, self.target_per_image)
+        return self.weight_copies + micro_batch * per_image
 
 
 def activation_bytes(config: Config) -> ActivationBytes:
-    """Return what autograd keeps of online encoder, decoder and loss on a GPU, as the configuration checkpoints.
+    """Return what autograd keeps on a GPU, as the configuration checkpoints activations.
 
     Under bf16 autocast, inputs of matrix products are bf16, the residual stream and norms fp32. Fused attention keeps
-    q, k, v, its output and a sum for each query and head; the CPU's plain products keep T × T weights instead. Dropout
-    masks and the savings of `torch.compile` are left out.
+    q, k, v, its output and a sum for each query and head; the CPU's plain products keep T × T weights instead. Dropout's
+    masks and what `torch.compile` spares are left out.
     """
-    s, parts = sizes(config), count_parameters(config)
+    s, parts, again = sizes(config), count_parameters(config), config.parallel.activation_checkpointing
     a = BF16 if config.precision.compute == "bf16" else FP32
     T, Q = 1 + s.V, 1 + s.M
-    # norms keep their fp32 input and two statistics, products their inputs (and GELU its own)
-    norm = FP32 * 2
+    # norms keep their fp32 input and two statistics, products their inputs, GELU its own
+    norm = 2 * FP32
     encoder_block = T * (8 * s.D + 2 * norm + 6 * a * s.D + 2 * a * s.hidden + FP32 * s.heads)
     decoder_block = Q * (12 * s.E + 3 * norm + 9 * a * s.E + 2 * a * s.decoder_hidden + 2 * FP32 * s.decoder_heads)
     decoder_block += T * (norm + 3 * a * s.E)
     blocks = s.depth * encoder_block + s.decoder_depth * decoder_block
-    if config.parallel.activation_checkpointing:  # their inputs, and one block run again
-        blocks = FP32 * (s.depth * T * s.D + s.decoder_depth * Q * s.E) + max(encoder_block, decoder_block)
+    if again:  # their inputs
+        blocks = FP32 * (s.depth * T * s.D + s.decoder_depth * Q * s.E)
     hidden = s.projector[1:-1]
-    encoder = a * s.V * s.pixels + T * (4 * s.D + norm)
-    encoder += T * sum(a * w for w in s.projector[:-1]) + T * sum(8 * w + norm for w in hidden)
-    encoder += T * (4 * s.D + norm) * bool(s.projector[1:]) + 4 * T * s.D  # the last norm's input; its output
-    decoder = a * T * s.D + FP32 * T * s.E + FP32 * s.M * s.V * config.model.visual_cues
-    decoder += Q * (4 * s.E + norm + a * s.E)
-    loss = 6 * FP32 * s.M * s.D + FP32 * s.M**2 if config.objective.loss == "infonce" else 3 * FP32 * s.M * s.D
+    rest = a * s.V * s.pixels + T * (4 * s.D + norm)  # patches; the last norm
+    rest += T * sum(a * w for w in s.projector[:-1]) + T * sum(8 * w + norm for w in hidden)
+    rest += T * (4 * s.D + norm) * bool(s.projector[1:]) + 4 * T * s.D  # the projector's last norm; the output
+    rest += a * T * s.D + FP32 * T * s.E + FP32 * s.M * s.V * config.model.visual_cues  # into the decoder
+    rest += Q * (4 * s.E + norm + a * s.E)
+    rest += 4 * FP32 * s.M * s.D + FP32 * s.M**2 if config.objective.loss == "infonce" else 2 * FP32 * s.M * s.D
     crop = 3 * crop_size(config.model) ** 2
     copies = 0
     if a == BF16 and config.precision.gather == "fp32":
         trained = (parts["online"], parts["decoder"])
-        kept = config.parallel.activation_checkpointing
-        copies = BF16 * sum(part.matrices - kept * part.block_matrices for part in trained)
-    return ActivationBytes(blocks + encoder + decoder + loss + crop, copies, _target_peak(s, a) + crop)
+        copies = BF16 * sum(part.matrices - again * part.block_matrices for part in trained)
+    return ActivationBytes(
+        blocks + rest + crop, again * max(encoder_block, decoder_block), _target_peak(s, a) + crop, copies
+    )
 
 
 def _target_peak(s: Sizes, a: int) -> int:
     """Return the target's bytes of an image at the peak of its forward: in an MLP, or in a norm of the projector."""
-    mlp = FP32 * 2 * s.D + a * s.D + 2 * a * s.hidden
+    mlp = 8 * s.D + a * s.D + 2 * a * s.hidden
     widest = max(s.projector[1:-1], default=0)
     return (1 + s.seen) * max(mlp, (a + 2 * FP32) * widest)
 
