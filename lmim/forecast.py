@@ -197,13 +197,15 @@ def print_plan(told: dict[str, Any]) -> None:
     for line in lines + [f"note              {note}" for note in told["notes"]]:
         console.print(line, markup=False, soft_wrap=True)
     console.print(_table(told))
-    console.print(
-        f"GB of one rank; it fits within {USABLE:.0%} of {told['memory_gb']:g} GB. max micro: the largest power of two "
-        "that fits.\nbuffers: gathered weights, buckets, gradients not yet reduced. ckpt: activation checkpointing. "
-        "sent: on a ring, by each rank.\n* as configured. > recommended: the first that fits, from what cuts least to "
-        "what cuts most, without ckpt if any does.",
-        markup=False,
-    )  # fmt: skip
+    for line in (
+        f"GB of one rank; what fits stays within {USABLE:.0%} of {told['memory_gb']:g} GB. AdamW: with the fp32 copy that "
+        "ZeRO-1 and 2 step.",
+        "buffers: gathered weights, buckets, gradients not yet reduced. ckpt: activation checkpointing.",
+        "max micro: the largest power of two that fits. sent: in a step by each rank, on a ring.",
+        "* as configured. > recommended: the first that fits, in the order of what is cut over ranks, with ckpt only if "
+        "none does without.",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _table(told: dict[str, Any]) -> Table:

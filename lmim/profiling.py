@@ -10,12 +10,14 @@ width of an MLP · h heads · W ranks · S ranks that share one copy.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from dataclasses import astuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from lmim.config import Config, Split, crop_size, model_dimensions
+from lmim.config import Config, ModelConfig, ObjectiveConfig, Split, crop_size, model_dimensions
 from lmim.objective import LatentMIM
 
 FP32, BF16 = 4, 2  # bytes
@@ -38,8 +40,13 @@ class Part(NamedTuple):
 
 def count_parameters(config: Config) -> dict[str, Part]:
     """Count the numbers of online encoder, target and decoder, from the model built on `meta`."""
+    return _parts(astuple(config.model))
+
+
+@functools.cache
+def _parts(options: tuple[Any, ...]) -> dict[str, Part]:
     with torch.device("meta"):
-        model = LatentMIM(config.model, config.objective)
+        model = LatentMIM(ModelConfig(*options), ObjectiveConfig())
     return {name: _count(model.get_submodule(name)) for name in ("online", "target", "decoder")}
 
 
@@ -236,8 +243,8 @@ def activation_bytes(config: Config) -> ActivationBytes:
     """Return what autograd keeps on a GPU, as the configuration checkpoints activations.
 
     Under bf16 autocast, inputs of matrix products are bf16, the residual stream and norms fp32. Fused attention keeps
-    q, k, v, its output and a sum for each query and head; the CPU's plain products keep T × T weights instead. Dropout's
-    masks and what `torch.compile` spares are left out.
+    q, k, v, its output and a sum for each query and head; the CPU's plain products keep T × T weights instead. Masks
+    of dropout and what `torch.compile` spares are left out.
     """
     s, parts, again = sizes(config), count_parameters(config), config.parallel.activation_checkpointing
     a = BF16 if config.precision.compute == "bf16" else FP32
