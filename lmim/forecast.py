@@ -111,7 +111,7 @@ def _planned_batch(config: Config, ranks: int) -> tuple[Config, Split, list[str]
         return config, validate(whole, ranks), []
     share = batch // ranks
     config = replace(config, data=replace(config.data, micro_batch=share))
-    note = f"data.micro_batch ({micro}) is more than a rank's share of data.global_batch: planned with {share}"
+    note = f"data.micro_batch ({micro}) is more than a rank's share of data.global_batch: here {share}"
     return config, validate(config, ranks), [note]
 
 
@@ -184,27 +184,26 @@ def print_plan(told: dict[str, Any]) -> None:
     millions = {name: f"{number / 1e6:.1f} M" for name, number in told["parameters"].items()}
     giga = {name: f"{number / 1e9:.2f} G" for name, number in told["flops_per_image"].items()}
     lines = [
-        "parameters        " + ", ".join(f"{name} {number}" for name, number in millions.items()),
-        f"FLOPs an image    forward: target {giga['target_forward']}, online {giga['online_forward']}, decoder "
-        f"{giga['decoder_forward']}, loss {giga['loss_forward']}; backward {giga['backward']}; total {giga['total']}",
-        f"cluster           {told['nodes']} x {told['gpus_per_node']} {told['gpu'].upper()}: "
-        f"{told['peak_bf16_tflops']:g} dense bf16 TFLOP/s at {told['mfu']:.0%} MFU (assumed), NVLink "
+        "parameters  " + ", ".join(f"{name} {number}" for name, number in millions.items()),
+        f"FLOPs/image forward: target {giga['target_forward']}, online {giga['online_forward']}, decoder "
+        f"{giga['decoder_forward']}, loss {giga['loss_forward']}; backward {giga['backward']}; all {giga['total']}",
+        f"cluster     {told['nodes']} x {told['gpus_per_node']} {told['gpu'].upper()}, "
+        f"{told['peak_bf16_tflops']:g} dense bf16 TFLOP/s at {told['mfu']:.0%} (assumed MFU), NVLink "
         f"{told['nvlink_gb_per_s']:g} GB/s, network {told['network_gbit_per_gpu']:g} Gbit/s a GPU",
-        f"batch             {told['global_batch_images']} images a step = {told['ranks']} ranks x "
+        f"batch       {told['global_batch_images']} images a step = {told['ranks']} ranks x "
         f"{told['micro_batches_per_step']} x {told['micro_batch_images']} (micro-batch)",
-        f"length            {told['steps']} steps over {told['epoch_images']:,} images ({told['epoch_source']})",
+        f"length      {told['steps']} steps, {told['epoch_images']:,} images an epoch ({told['epoch_source']})",
     ]
-    for line in lines + [f"note              {note}" for note in told["notes"]]:
+    for line in lines + [f"note        {note}" for note in told["notes"]]:
         console.print(line, markup=False, soft_wrap=True)
     console.print(_table(told))
-    for line in (
-        f"GB of one rank; what fits stays within {USABLE:.0%} of {told['memory_gb']:g} GB. AdamW: with the fp32 copy that "
-        "ZeRO-1 and 2 step.",
-        "buffers: gathered weights, buckets, gradients not yet reduced. ckpt: activation checkpointing.",
+    legend = (
+        f"GB of a rank; it fits within {USABLE:.0%} of {told['memory_gb']:g} GB. ckpt: activation checkpointing.",
+        "AdamW: and the fp32 copy that ZeRO-1 to 3 step. buffers: gathered weights, buckets, unreduced gradients.",
         "max micro: the largest power of two that fits. sent: in a step by each rank, on a ring.",
-        "* as configured. > recommended: the first that fits, in the order of what is cut over ranks, with ckpt only if "
-        "none does without.",
-    ):
+        "* as configured. > recommended: the first that fits in this order, ckpt only if nothing fits without.",
+    )
+    for line in legend:
         console.print(line, markup=False, soft_wrap=True)
 
 

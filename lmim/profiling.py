@@ -181,13 +181,14 @@ def state_bytes(config: Config, world_size: int) -> StateBytes:
     """Return what one of so many ranks keeps of weights, gradients, AdamW's state and the target; all fp32.
 
     ZeRO-1 and 2 cut gradients, moments and an fp32 copy of the weights that they step, beside the whole weights: in
-    DeepSpeed 0.19 they differ only while the backward runs. ZeRO-3 and fsdp step the cut weights themselves.
+    DeepSpeed 0.19 they differ only while the backward runs. ZeRO-3 has such a copy of its cut weights too: it means to
+    do without in fp32, but compares a device with a string. fsdp steps the cut weights themselves.
     """
     parts, shared = count_parameters(config), shard_ranks(config, world_size)
     trained = parts["online"].parameters + parts["decoder"].parameters
     buffers = FP32 * sum(part.buffers for part in parts.values())
     of_weights = shared if cuts_weights(config) else 1
-    beside = config.parallel.backend == "deepspeed" and config.parallel.zero_stage in (1, 2)
+    beside = config.parallel.backend == "deepspeed" and config.parallel.zero_stage > 0
     return StateBytes(
         weights=FP32 * trained // of_weights + buffers,
         gradients=FP32 * trained // shared,
