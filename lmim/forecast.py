@@ -76,6 +76,14 @@ def plan(config: Config, cluster: Cluster, epoch_images: int) -> dict[str, Any]:
                         if row["fits"] and row["activation_checkpointing"] is on), None)  # fmt: skip
     for row in rows:
         row["recommended"] = row is recommended
+        if row["configured"] and not row["fits"]:
+            largest = row["largest_micro_batch_images"]
+            advice = (
+                f"data.micro_batch={largest} is the largest power of two that does"
+                if largest
+                else "nor would one image"
+            )
+            notes.append(f"as configured it does not fit: {advice}")
     if config.parallel.deepspeed_config:
         notes.append(f"what {config.parallel.deepspeed_config} offloads or changes of buffers is not counted")
     parts, flops = count_parameters(config), flops_per_image(config)
@@ -106,9 +114,8 @@ def check_cluster(cluster: Cluster) -> None:
 def _planned_batch(config: Config, ranks: int) -> tuple[Config, Split, list[str]]:
     """Return the configuration and how its batch is split; a micro-batch above a rank's share becomes that share."""
     batch, micro = config.data.global_batch, config.data.micro_batch
-    if micro is None or micro * ranks <= batch or batch % ranks:
-        whole = replace(config, data=replace(config.data, micro_batch=None)) if batch % ranks else config
-        return config, validate(whole, ranks), []
+    if micro is None or batch % ranks or micro * ranks <= batch:
+        return config, validate(config, ranks), []
     share = batch // ranks
     config = replace(config, data=replace(config.data, micro_batch=share))
     note = f"data.micro_batch ({micro}) is more than a rank's share of data.global_batch: here {share}"
