@@ -3,7 +3,7 @@
     lmim train CONFIG [section.key=value ...]        pretrain; under a launcher or alone; started again it goes on
     lmim eval knn CONFIG [section.key=value ...]     nearest-neighbour accuracy beside raw pixels and a random encoder
     lmim report RUN_FOLDER                           draw RUN_FOLDER/report.png
-    lmim plan CONFIG --nodes N --gpus-per-node K --gpu h100   memory, speed and duration there, by way of sharding
+    lmim plan CONFIG --nodes N --gpus-per-node K     memory, speed and duration on GPUs, for every way of sharding
 
 CONFIG is a YAML file or a run folder. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 75
 stopped by a signal after a checkpoint, 1 anything else.

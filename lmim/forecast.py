@@ -26,6 +26,7 @@ from lmim.profiling import (
 )
 
 IMAGENET_IMAGES = 1_281_167
+WIDTH = 120  # columns of the table at most, in a terminal or a log
 USABLE = 0.85  # share of a GPU's memory to plan with; CUDA's context, NCCL and fragments take the rest
 
 
@@ -78,11 +79,7 @@ def plan(config: Config, cluster: Cluster, epoch_images: int) -> dict[str, Any]:
         row["recommended"] = row is recommended
         if row["configured"] and not row["fits"]:
             largest = row["largest_micro_batch_images"]
-            advice = (
-                f"data.micro_batch={largest} is the largest power of two that does"
-                if largest
-                else "nor would one image"
-            )
+            advice = f"data.micro_batch={largest} is the largest power of two that does" if largest else "no batch does"
             notes.append(f"as configured it does not fit: {advice}")
     if config.parallel.deepspeed_config:
         notes.append(f"what {config.parallel.deepspeed_config} offloads or changes of buffers is not counted")
@@ -155,13 +152,16 @@ def _row(config: Config, parallel: ParallelConfig, cluster: Cluster, split: Spli
     alike = setting_name(given, ranks) == name and given.activation_checkpointing == parallel.activation_checkpointing
     config = replace(config, parallel=parallel, precision=precision)
     state, activations, flops = state_bytes(config, ranks), activation_bytes(config), flops_per_image(config)
-    buffers, sent = buffer_bytes(config, split), collectives(config, split)
-    fixed = sum(state) + buffers
-    total = fixed + activations.peak(split.micro_batch)
-    usable = USABLE * GPUS[cluster.gpu].memory_gb * 1e9
-    largest = 1
-    while fixed + activations.peak(largest) <= usable and largest <= config.data.global_batch // ranks:
-        largest *= 2
+    share, usable = config.data.global_batch // ranks, USABLE * GPUS[cluster.gpu].memory_gb * 1e9
+    sent = collectives(config, split)
+
+    def needed(micro: int) -> int:
+        split = Split(ranks, micro, share // micro)
+        return sum(state) + buffer_bytes(config, split) + activations.peak(micro)
+
+    total = needed(split.micro_batch)
+    powers = (1 << n for n in range(share.bit_length()))
+    largest = max((micro for micro in powers if share % micro == 0 and needed(micro) <= usable), default=0)
     worked = flops.total + flops.recomputed * parallel.activation_checkpointing
     compute_s = config.data.global_batch * worked / (ranks * cluster.mfu * GPUS[cluster.gpu].bf16_tflops * 1e12)
     sending_s = sum(cluster.seconds(collective) for collective in sent)
@@ -170,9 +170,9 @@ def _row(config: Config, parallel: ParallelConfig, cluster: Cluster, split: Spli
     step_s = max(compute_s, sending_s) if beside else compute_s + sending_s
     return dict(
         setting=name, activation_checkpointing=parallel.activation_checkpointing, configured=alike,
-        **{f"{key}_bytes": value for key, value in state._asdict().items()}, buffers_bytes=buffers,
-        activations_bytes=activations.peak(split.micro_batch), total_bytes=total, fits=total <= usable,
-        largest_micro_batch_images=largest // 2,
+        **{f"{key}_bytes": value for key, value in state._asdict().items()}, 
+        buffers_bytes=buffer_bytes(config, split), activations_bytes=activations.peak(split.micro_batch), total_bytes=total, fits=total <= usable,
+        largest_micro_batch_images=largest,
         collectives=[dict(name=c.name, ranks=c.ranks, payload_bytes_per_step=c.payload_bytes,
                           wire_bytes_per_step=c.wire_bytes) for c in sent],
         wire_bytes_per_step=sum(c.wire_bytes for c in sent), communication_s_per_step=sending_s,
@@ -184,10 +184,9 @@ def _row(config: Config, parallel: ParallelConfig, cluster: Cluster, split: Spli
 
 
 def print_plan(told: dict[str, Any]) -> None:
-    """Print what `plan` returned and where `epoch_images` are from, within 120 columns if there is no terminal."""
+    """Print what `plan` returned, and the `epoch_source` that tells where `epoch_images` are from."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
+    console.width = max(console.width, WIDTH)
     millions = {name: f"{number / 1e6:.1f} M" for name, number in told["parameters"].items()}
     giga = {name: f"{number / 1e9:.2f} G" for name, number in told["flops_per_image"].items()}
     lines = [
@@ -207,7 +206,7 @@ def print_plan(told: dict[str, Any]) -> None:
     legend = (
         f"GB of a rank; it fits within {USABLE:.0%} of {told['memory_gb']:g} GB. ckpt: activation checkpointing.",
         "AdamW: and the fp32 copy that ZeRO-1 to 3 step. buffers: gathered weights, buckets, unreduced gradients.",
-        "max micro: the largest power of two that fits. sent: in a step by each rank, on a ring.",
+        "max micro: the largest micro-batch that fits, a power of two. sent: in a step by each rank, on a ring.",
         "* as configured. > recommended: the first that fits in this order, ckpt only if nothing fits without.",
     )
     for line in legend:

@@ -4,8 +4,8 @@ Owns the analytic model of the network and of what each backend keeps and sends.
 backends do, not what their names promise; tests compare it with torch's FLOP counter, with the tensors that live
 backends hold, with what autograd saves, and with the collectives that are called.
 
-Letters: T tokens · K patches · V visible · M masked · Q = 1 + M queries · D, E widths of encoder and decoder · H hidden
-width of an MLP · h heads · W ranks · S ranks that share one copy.
+Letters: K patches given · V visible · M masked · T = 1 + K tokens · Q = 1 + M queries · D encoder width · E decoder
+width · a bytes of a number that enters a matrix product.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ BUCKET, PREFETCH = 500_000_000, 50_000_000  # numbers: DeepSpeed's defaults for 
 
 
 class Part(NamedTuple):
-    """Numbers in one part of the model: all parameters, those in matrices, buffers, and the largest FSDP2 group."""
+    """Numbers in one part of the model."""
 
     parameters: int
     matrices: int
+    block_matrices: int  # those inside blocks
     buffers: int
-    largest_group: int
-    block_matrices: int
+    largest_group: int  # parameters that FSDP2 gathers together
 
     def bytes(self, bf16: bool) -> int:
         """Return the bytes of all parameters where matrices travel in bf16, or everything in fp32."""
@@ -59,7 +59,7 @@ def _count(part: nn.Module) -> Part:
         groups.append(numbers(part.projector))
     groups.append(numbers(part) - sum(groups))
     buffers = sum(b.numel() for b in part.buffers())
-    return Part(numbers(part), numbers(part, True), buffers, max(groups), numbers(part.blocks, True))
+    return Part(numbers(part), numbers(part, True), numbers(part.blocks, True), buffers, max(groups))
 
 
 class Sizes(NamedTuple):
@@ -154,8 +154,7 @@ def flops_per_image(config: Config) -> Flops:
 
 
 class StateBytes(NamedTuple):
-    """Bytes on one rank between backward and optimizer step; the optimizer's include an fp32 master where one lies
-    beside the weights."""
+    """Bytes on one rank between backward and optimizer step; the optimizer's include its own copy of the weights."""
 
     weights: int
     gradients: int
