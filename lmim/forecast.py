@@ -144,6 +144,7 @@ def setting_name(parallel: ParallelConfig, ranks: int) -> str:
 
 
 def _row(config: Config, parallel: ParallelConfig, cluster: Cluster, split: Split, steps: int) -> dict[str, Any]:
+    """Return what one way of sharding holds, sends and reaches."""
     ranks, precision, given = cluster.ranks, config.precision, config.parallel
     if parallel.backend != "fsdp":  # ZeRO-3 gathers as it reduces, the others gather nothing for the forward
         cut = parallel.backend == "deepspeed" and parallel.zero_stage == 3
@@ -151,33 +152,41 @@ def _row(config: Config, parallel: ParallelConfig, cluster: Cluster, split: Spli
     name = setting_name(parallel, ranks)
     alike = setting_name(given, ranks) == name and given.activation_checkpointing == parallel.activation_checkpointing
     config = replace(config, parallel=parallel, precision=precision)
-    state, activations, flops = state_bytes(config, ranks), activation_bytes(config), flops_per_image(config)
     share, usable = config.data.global_batch // ranks, USABLE * GPUS[cluster.gpu].memory_gb * 1e9
-    sent = collectives(config, split)
 
-    def needed(micro: int) -> int:
-        split = Split(ranks, micro, share // micro)
-        return sum(state) + buffer_bytes(config, split) + activations.peak(micro)
+    def held(micro: int) -> dict[str, int]:
+        buffers = buffer_bytes(config, Split(ranks, micro, share // micro))
+        activations = activation_bytes(config).peak(micro)
+        return dict(**state_bytes(config, ranks)._asdict(), buffers=buffers, activations=activations)
 
-    total = needed(split.micro_batch)
+    total = sum(held(split.micro_batch).values())
     powers = (1 << n for n in range(share.bit_length()))
-    largest = max((micro for micro in powers if share % micro == 0 and needed(micro) <= usable), default=0)
+    fitting = (micro for micro in powers if share % micro == 0 and sum(held(micro).values()) <= usable)
+    sent, flops = collectives(config, split), flops_per_image(config)
     worked = flops.total + flops.recomputed * parallel.activation_checkpointing
     compute_s = config.data.global_batch * worked / (ranks * cluster.mfu * GPUS[cluster.gpu].bf16_tflops * 1e12)
     sending_s = sum(cluster.seconds(collective) for collective in sent)
     # DeepSpeed's stages 0 to 2 reduce and gather after the backward; ZeRO-3 and fsdp do beside it
     beside = parallel.backend == "fsdp" or parallel.zero_stage == 3
     step_s = max(compute_s, sending_s) if beside else compute_s + sending_s
-    return dict(
-        setting=name, activation_checkpointing=parallel.activation_checkpointing, configured=alike,
-        **{f"{key}_bytes": value for key, value in state._asdict().items()}, 
-        buffers_bytes=buffer_bytes(config, split), activations_bytes=activations.peak(split.micro_batch), total_bytes=total, fits=total <= usable,
-        largest_micro_batch_images=largest,
-        collectives=[dict(name=c.name, ranks=c.ranks, payload_bytes_per_step=c.payload_bytes,
-                          wire_bytes_per_step=c.wire_bytes) for c in sent],
-        wire_bytes_per_step=sum(c.wire_bytes for c in sent), communication_s_per_step=sending_s,
-        compute_s_per_step=compute_s, images_per_s=config.data.global_batch / step_s, days=steps * step_s / 86400,
-    )  # fmt: skip
+    return {
+        "setting": name,
+        "activation_checkpointing": parallel.activation_checkpointing,
+        "configured": alike,
+        **{f"{kind}_bytes": size for kind, size in held(split.micro_batch).items()},
+        "total_bytes": total,
+        "fits": total <= usable,
+        "largest_micro_batch_images": max(fitting, default=0),
+        "collectives": [
+            dict(name=c.name, ranks=c.ranks, payload_bytes_per_step=c.payload_bytes, wire_bytes_per_step=c.wire_bytes)
+            for c in sent
+        ],
+        "wire_bytes_per_step": sum(c.wire_bytes for c in sent),
+        "communication_s_per_step": sending_s,
+        "compute_s_per_step": compute_s,
+        "images_per_s": config.data.global_batch / step_s,
+        "days": steps * step_s / 86400,
+    }
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
