@@ -3,6 +3,7 @@
     lmim train CONFIG [section.key=value ...]        pretrain; under a launcher or alone; started again it goes on
     lmim eval knn CONFIG [section.key=value ...]     nearest-neighbour accuracy beside raw pixels and a random encoder
     lmim report RUN_FOLDER                           draw RUN_FOLDER/report.png
+    lmim plan CONFIG --nodes N --gpus-per-node K     memory, speed and duration on GPUs, for every way of sharding
 
 CONFIG is a YAML file or a run folder. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 75
 stopped by a signal after a checkpoint, 1 anything else.
@@ -19,8 +20,11 @@ from pathlib import Path
 
 from lmim import __version__
 from lmim.config import ConfigError, load_config
+from lmim.data.datasets import open_source
 from lmim.data.loader import DataError
+from lmim.data.shards import INDEX, ShardIndex
 from lmim.data.storage import StorageError
+from lmim.forecast import GPUS, IMAGENET_IMAGES, Cluster, plan, print_plan
 from lmim.train import TrainingError, train
 
 OTHER_RANKS_WAIT_S = 3.0
@@ -66,6 +70,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--which", choices=("online", "target"), default="online", help="encoder (default: online)")
     command.set_defaults(run=_eval_knn)
 
+    command = commands.add_parser("plan", help="tell what fits a GPU, and how fast it would go")
+    _add_config(command)
+    command.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
+    command.add_argument("--gpus-per-node", type=int, default=8, help="GPUs in each (default: 8)")
+    command.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="their kind (default: h100)")
+    command.add_argument("--network-gbit", type=float, default=400.0,
+                         help="network between nodes, Gbit/s for each GPU (default: 400)")  # fmt: skip
+    command.add_argument("--mfu", type=float, default=0.4,
+                         help="share of the dense bf16 peak that is reached, an assumption (default: 0.4)")  # fmt: skip
+    command.add_argument("--images", type=int, default=IMAGENET_IMAGES,
+                         help="of an epoch where data.train has no index here (default: ImageNet-1K)")  # fmt: skip
+    command.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+    command.set_defaults(run=_plan)
+
     command = commands.add_parser("report", help="draw a run")
     command.add_argument("run_folder", type=Path)
     command.set_defaults(run=_report)
@@ -94,6 +112,30 @@ def _eval_knn(parsed: argparse.Namespace) -> int:
         print(f"{name:18} {100 * accuracy['leave_one_out']:30.2f} % {gallery:>24}")
     print(json.dumps(results))
     return 0
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    config = load_config(parsed.config, parsed.overrides)
+    cluster = Cluster(parsed.nodes, parsed.gpus_per_node, parsed.gpu, parsed.network_gbit, parsed.mfu)
+    if parsed.images < 1:
+        raise ConfigError(f"--images ({parsed.images}) must be above 0")
+    images, source = _epoch_images(config.data.train, parsed.images)
+    told = {**plan(config, cluster, images), "epoch_source": source}
+    if parsed.json:
+        print(json.dumps(told))
+    else:
+        print_plan(told)
+    return 0
+
+
+def _epoch_images(train: str | list[str], otherwise: int) -> tuple[int, str]:
+    """Return how many images an epoch has, and how that is known, without reading more than an index."""
+    sources = [train] if isinstance(train, str) else train
+    if all(source.startswith("embedded:") for source in sources):
+        return sum(len(open_source(source).images) for source in sources), "embedded"
+    if all((Path(source) / INDEX).is_file() for source in sources):
+        return sum(len(ShardIndex.open(source, option="data.train")) for source in sources), "index of data.train"
+    return otherwise, "by --images; data.train has no index here"
 
 
 def _report(parsed: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ LEVELS = {
     "vit": 1.5,
     "objective": 2, "convert": 2, "data.transforms": 2,
     "metrics": 2.2, "checkpoint": 2.2, "data.sources": 2.2, "data.plan": 2.2, "data.nvjpeg": 2.2,
+    "profiling": 2.2, "forecast": 2.3,
     "data.memory": 2.2, "data.progress": 2.2, "data.storage": 2.25, "data.cache": 2.3, "data.pool": 2.3,
     "data.shards": 2.4,
     "data.archives": 2.5, "data.parquet": 2.5, "data.unfinished": 2.5,
