@@ -179,8 +179,8 @@ BACKENDS = [
 BF16 = "precision.reduce=bf16 data.micro_batch=8"
 MODELS = [
     "model.depth=2",
-    "model.embed_dim=192 model.depth=6 model.num_heads=3 model.projector_dim=512",
-    "model.learnable_positions=true model.projector_depth=0 model.decoder_depth=3",
+    "model.embed_dim=96 model.depth=3 model.num_heads=3 model.projector_dim=384",
+    "model.learnable_positions=true model.projector_depth=0 model.decoder_depth=2 model.depth=3",
 ]
 SETTINGS = [
     *(f"data.global_batch=16 {backend} {model}" for backend in BACKENDS for model in MODELS),
