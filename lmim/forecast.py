@@ -84,7 +84,7 @@ def plan(config: Config, cluster: Cluster, epoch_images: int) -> dict[str, Any]:
     if config.parallel.deepspeed_config:
         notes.append(f"what {config.parallel.deepspeed_config} offloads or changes of buffers is not counted")
     parts, flops = count_parameters(config), flops_per_image(config)
-    numbers = {name: part.parameters for name, part in parts.items()}
+    numbers = dict(online=parts.online.parameters, target=parts.target.parameters, decoder=parts.decoder.parameters)
     gpu = GPUS[cluster.gpu]
     return dict(
         gpu=cluster.gpu, nodes=cluster.nodes, gpus_per_node=cluster.gpus_per_node, ranks=cluster.ranks,
@@ -92,7 +92,7 @@ def plan(config: Config, cluster: Cluster, epoch_images: int) -> dict[str, Any]:
         nvlink_gb_per_s=gpu.nvlink_gb_per_s, network_gbit_per_gpu=cluster.network_gbit, mfu=cluster.mfu,
         global_batch_images=config.data.global_batch, micro_batch_images=split.micro_batch,
         micro_batches_per_step=split.accumulate, epoch_images=epoch_images, steps=steps,
-        parameters={**numbers, "trained": numbers["online"] + numbers["decoder"], "frozen": numbers["target"]},
+        parameters={**numbers, "trained": parts.trained, "frozen": parts.target.parameters},
         flops_per_image={**flops._asdict(), "total": flops.total},
         settings=rows, notes=notes,
     )  # fmt: skip

@@ -11,55 +11,94 @@ width · a bytes of a number that enters a matrix product.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from lmim.config import Config, ModelConfig, ObjectiveConfig, Split, crop_size, model_dimensions
 from lmim.objective import LatentMIM
+from lmim.optim import parameter_groups
 
 FP32, BF16 = 4, 2  # bytes
-BUCKET, PREFETCH = 500_000_000, 50_000_000  # numbers: DeepSpeed's defaults for gradients, and for ZeRO-3's gathering
+BUCKET, PREFETCH = 50_000_000, 50_000_000  # numbers that DeepSpeed reduces together, and that ZeRO-3 gathers ahead
 
 
 class Part(NamedTuple):
-    """Numbers in one part of the model."""
+    """One part of the model."""
 
-    parameters: int
-    matrices: int
-    block_matrices: int  # those inside blocks
-    buffers: int
-    largest_group: int  # parameters that FSDP2 gathers together
+    shapes: tuple[tuple[int, ...], ...]  # of its parameters
+    block_matrices: int  # numbers in the matrices inside blocks
+    buffers: int  # numbers
+    largest_group: int  # numbers that FSDP2 gathers together at most
 
-    def bytes(self, bf16: bool) -> int:
-        """Return the bytes of all parameters where matrices travel in bf16, or everything in fp32."""
-        return FP32 * self.parameters - (FP32 - BF16) * self.matrices * bf16
+    @property
+    def parameters(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def matrices(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes if len(shape) == 2)
+
+    def cut_bytes(self, ranks: int, *, flat: bool = False, bf16: bool = False) -> int:
+        """Return the bytes of the fullest of some ranks, of parameters cut by rows as FSDP2 does, or flat as ZeRO-3.
+
+        In fp32, or with matrices in bf16. What is sent is padded to that much from every rank.
+        """
+        total = 0
+        for shape in self.shapes:
+            numbers = math.prod(shape)
+            cut = -(-numbers // ranks) if flat else -(-shape[0] // ranks) * (numbers // shape[0])
+            total += cut * (BF16 if bf16 and len(shape) == 2 else FP32)
+        return total
 
 
-def count_parameters(config: Config) -> dict[str, Part]:
+class Parts(NamedTuple):
+    """The parts of the model, and how many numbers the tensors of each group of AdamW's have, in order."""
+
+    online: Part
+    target: Part
+    decoder: Part
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def trained(self) -> int:
+        return self.online.parameters + self.decoder.parameters
+
+    def trained_cut_bytes(self, ranks: int, *, flat: bool = False, bf16: bool = False) -> int:
+        return sum(part.cut_bytes(ranks, flat=flat, bf16=bf16) for part in (self.online, self.decoder))
+
+
+def count_parameters(config: Config) -> Parts:
     """Count the numbers of online encoder, target and decoder, from the model built on `meta`."""
     return _parts(astuple(config.model))
 
 
 @functools.cache
-def _parts(options: tuple[Any, ...]) -> dict[str, Part]:
+def _parts(options: tuple[Any, ...]) -> Parts:
     with torch.device("meta"):
         model = LatentMIM(ModelConfig(*options), ObjectiveConfig())
-    return {name: _count(model.get_submodule(name)) for name in ("online", "target", "decoder")}
+    groups = (tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, 0.0))
+    return Parts(_count(model.online), _count(model.target), _count(model.decoder), tuple(groups))
 
 
 def _count(part: nn.Module) -> Part:
-    def numbers(module: nn.Module, matrices: bool = False) -> int:
-        return sum(p.numel() for p in module.parameters() if p.ndim == 2 or not matrices)
+    def numbers(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
 
     groups = [numbers(block) for block in part.blocks]
     if hasattr(part, "projector"):
         groups.append(numbers(part.projector))
     groups.append(numbers(part) - sum(groups))
-    buffers = sum(b.numel() for b in part.buffers())
-    return Part(numbers(part), numbers(part, True), numbers(part.blocks, True), buffers, max(groups))
+    return Part(
+        shapes=tuple(tuple(p.shape) for p in part.parameters()),
+        block_matrices=sum(p.numel() for p in part.blocks.parameters() if p.ndim == 2),
+        buffers=sum(b.numel() for b in part.buffers()),
+        largest_group=max(groups),
+    )
 
 
 class Sizes(NamedTuple):
@@ -154,7 +193,7 @@ def flops_per_image(config: Config) -> Flops:
 
 
 class StateBytes(NamedTuple):
-    """Bytes on one rank between backward and optimizer step; the optimizer's include its own copy of the weights."""
+    """Bytes on the fullest rank between backward and optimizer step; AdamW's include its own copy of the weights."""
 
     weights: int
     gradients: int
@@ -162,64 +201,68 @@ class StateBytes(NamedTuple):
     ema: int
 
 
-def shard_ranks(config: Config, world_size: int) -> int:
-    """Return how many ranks share one copy of what is cut, by fsdp or by ZeRO."""
-    parallel = config.parallel
-    if parallel.backend == "fsdp":
-        return parallel.shard_ranks or world_size
-    return world_size if parallel.backend == "deepspeed" and parallel.zero_stage else 1
-
-
-def cuts_weights(config: Config) -> bool:
-    """Tell whether weights and target are cut over ranks too."""
-    parallel = config.parallel
-    return parallel.backend == "fsdp" or (parallel.backend == "deepspeed" and parallel.zero_stage == 3)
-
-
 def state_bytes(config: Config, world_size: int) -> StateBytes:
     """Return what one of so many ranks keeps of weights, gradients, AdamW's state and the target; all fp32.
 
     ZeRO-1 and 2 cut gradients, moments and an fp32 copy of the weights that they step, beside the whole weights: in
-    DeepSpeed 0.19 they differ only while the backward runs. ZeRO-3 has such a copy of its cut weights too: it means to
-    do without in fp32, but compares a device with a string. fsdp steps the cut weights themselves.
+    DeepSpeed 0.19 they differ only while the backward runs. ZeRO-3 and fsdp step the cut weights themselves.
     """
-    parts, shared = count_parameters(config), shard_ranks(config, world_size)
-    trained = parts["online"].parameters + parts["decoder"].parameters
-    buffers = FP32 * sum(part.buffers for part in parts.values())
-    of_weights = shared if cuts_weights(config) else 1
-    beside = config.parallel.backend == "deepspeed" and config.parallel.zero_stage > 0
-    return StateBytes(
-        weights=FP32 * trained // of_weights + buffers,
-        gradients=FP32 * trained // shared,
-        optimizer=(2 + beside) * FP32 * trained // shared,
-        ema=FP32 * parts["target"].parameters // of_weights,
-    )
+    parts, parallel = count_parameters(config), config.parallel
+    buffers = FP32 * (parts.online.buffers + parts.target.buffers + parts.decoder.buffers)
+    zero = parallel.zero_stage if parallel.backend == "deepspeed" else 0
+    if zero in (1, 2):
+        weights, ema = FP32 * parts.trained, FP32 * parts.target.parameters
+        optimizer = 3 * FP32 * -(-parts.trained // world_size)
+        return StateBytes(weights + buffers, _gradients_of_zero(parts, world_size), optimizer, ema)
+    ranks = _copy_ranks(config, world_size)
+    cut, ema = parts.trained_cut_bytes(ranks, flat=zero == 3), parts.target.cut_bytes(ranks, flat=zero == 3)
+    return StateBytes(cut + buffers, cut, 2 * cut, ema)
+
+
+def _copy_ranks(config: Config, world_size: int) -> int:
+    """Return how many ranks share one copy of the weights."""
+    parallel = config.parallel
+    if parallel.backend == "fsdp":
+        return parallel.shard_ranks or world_size
+    return world_size if parallel.backend == "deepspeed" and parallel.zero_stage == 3 else 1
+
+
+def _gradients_of_zero(parts: Parts, ranks: int) -> int:
+    """Return the fullest rank's gradients under ZeRO-1 and 2: what its cut runs through, it keeps whole."""
+    kept = np.zeros(ranks, np.int64)
+    for group in parts.groups:
+        ends = np.cumsum(group)
+        cuts = np.minimum(np.arange(ranks + 1) * -(-ends[-1] // ranks), ends[-1])
+        first, last = np.searchsorted(ends, cuts[:-1], side="right"), np.searchsorted(ends, cuts[1:], side="left")
+        starts = np.concatenate([[0], ends])
+        kept += np.where(cuts[:-1] < cuts[1:], starts[np.minimum(last, len(group) - 1) + 1] - starts[first], 0)
+    return FP32 * int(kept.max())
 
 
 def buffer_bytes(config: Config, split: Split) -> int:
     """Estimate what a backend holds for a while at the peak: gathered weights, buckets, gradients not yet reduced."""
     parts, parallel = count_parameters(config), config.parallel
-    online, target, decoder = parts["online"], parts["target"], parts["decoder"]
-    trained = online.parameters + decoder.parameters
     half = config.precision.gather == "bf16"
-    unreduced = FP32 * trained if split.accumulate > 1 else 0  # all micro-batches are reduced once
+    unreduced = FP32 * parts.trained if split.accumulate > 1 else 0  # all micro-batches are reduced once
     if parallel.backend == "local":
         return 0
     if parallel.backend == "fsdp":
         # the block at work, the next one, and the buffer it comes in; gradients of one, and the buffer they leave in
-        largest = max(part.largest_group for part in parts.values())
+        largest = max(parts.online.largest_group, parts.decoder.largest_group)
         gathered = FP32 * 3 * largest
         if parallel.keep_gathered:
-            gathered = sum(part.bytes(half) for part in parts.values())
+            gathered = parts.trained_cut_bytes(1, bf16=half) + parts.target.cut_bytes(1, bf16=half)
         return gathered + FP32 * 2 * largest + unreduced
-    flat = FP32 * min(trained, BUCKET)  # the flat copy that a reduction sends
+    flat = FP32 * min(parts.trained, BUCKET)  # the flat copy that a reduction sends
     if parallel.zero_stage == 0:
         return flat
     bucket = BUCKET * (FP32 + BF16 * (config.precision.reduce == "bf16"))  # one for each type of gradients
     if parallel.zero_stage < 3:
         return bucket + flat + unreduced
-    kept = online.bytes(half) + decoder.bytes(half)  # see `collectives`
-    return bucket + flat + unreduced + kept + FP32 * min(PREFETCH, target.parameters)
+    kept = FP32 * max(parts.online.largest_group, parts.decoder.largest_group)
+    if parallel.keep_gathered:
+        kept = parts.trained_cut_bytes(1, bf16=half)
+    return bucket + flat + unreduced + kept + FP32 * min(PREFETCH, parts.target.parameters)
 
 
 class ActivationBytes(NamedTuple):
@@ -267,8 +310,7 @@ def activation_bytes(config: Config) -> ActivationBytes:
     crop = 3 * crop_size(config.model) ** 2
     copies = 0
     if a == BF16 and config.precision.gather == "fp32":
-        trained = (parts["online"], parts["decoder"])
-        copies = BF16 * sum(part.matrices - again * part.block_matrices for part in trained)
+        copies = BF16 * sum(part.matrices - again * part.block_matrices for part in (parts.online, parts.decoder))
     return ActivationBytes(
         blocks + rest + crop, again * max(encoder_block, decoder_block), _target_peak(s, a) + crop, copies
     )
@@ -306,30 +348,30 @@ def collectives(config: Config, split: Split) -> list[Collective]:
 
     Gradients are reduced once a step. ZeRO-1 and 2 sum whole buckets on every rank (DeepSpeed's
     `use_multi_rank_bucket_allreduce`), then gather the stepped weights. Cut weights are gathered in every micro-batch:
-    all parts in its forward, and under fsdp online encoder and decoder again in its backward. ZeRO-3 keeps those two
-    gathered until then (measured in DeepSpeed 0.19.8, however small `stage3_max_reuse_distance` and
-    `stage3_max_live_parameters` are). ZeRO-0 sums in fp32 whatever `precision.reduce` is.
+    all parts in its forward, online encoder and decoder again in its backward unless they are kept. What ZeRO-3 has
+    gathered ahead at the turn (`PREFETCH` numbers at most) it need not gather twice; that is left out.
     """
     parts, parallel, precision = count_parameters(config), config.parallel, config.precision
-    world, shared = split.world_size, shard_ranks(config, split.world_size)
-    gathered = {name: part.bytes(precision.gather == "bf16") for name, part in parts.items()}
-    forth, back = sum(gathered.values()), gathered["online"] + gathered["decoder"]
-    numbers = parts["online"].parameters + parts["decoder"].parameters
-    half = precision.reduce == "bf16"
-    reduced = parts["online"].bytes(half) + parts["decoder"].bytes(half)
+    world, half, numbers = split.world_size, precision.reduce == "bf16", parts.trained
+    ranks, flat = _copy_ranks(config, world), parallel.backend == "deepspeed"
+    how = dict(flat=flat, bf16=precision.gather == "bf16")
+    back = ranks * parts.trained_cut_bytes(ranks, **how)
+    target = ranks * parts.target.cut_bytes(ranks, **how)
+    reduced = ranks * parts.trained_cut_bytes(ranks, flat=flat, bf16=half)
     if parallel.backend == "local":
         sent = []
-    elif parallel.backend == "deepspeed" and parallel.zero_stage == 0:
-        sent = [Collective("all_reduce", FP32 * numbers, world)]
-    elif parallel.backend == "deepspeed" and parallel.zero_stage < 3:
+    elif flat and parallel.zero_stage == 0:
+        sent = [Collective("all_reduce", numbers * (BF16 if half else FP32), world)]
+    elif flat and parallel.zero_stage < 3:
         sent = [Collective("all_reduce", reduced, world), Collective("all_gather", FP32 * numbers, world)]
-    elif parallel.backend == "deepspeed":
-        sent = [Collective("all_gather", split.accumulate * forth, world), Collective("reduce_scatter", reduced, world)]
+    elif flat:
+        weights = split.accumulate * (back * (1 if parallel.keep_gathered else 2) + target)
+        sent = [Collective("all_gather", weights, world), Collective("reduce_scatter", reduced, world)]
     else:
-        reduced = numbers * (BF16 if half else FP32)
-        weights = split.accumulate * (forth + back)
+        reduced = parts.trained_cut_bytes(ranks) * (BF16 if half else FP32) // FP32  # everything in bf16
+        weights = split.accumulate * (2 * back + target)
         if parallel.keep_gathered:
-            weights = split.accumulate * back + gathered["target"]
-        sent = [Collective("all_gather", weights, shared), Collective("reduce_scatter", reduced, shared),
-                Collective("all_reduce", reduced // shared, world // shared, stride=shared)]  # fmt: skip
+            weights = split.accumulate * back + target
+        sent = [Collective("all_gather", weights, ranks), Collective("reduce_scatter", ranks * reduced, ranks),
+                Collective("all_reduce", reduced, world // ranks, stride=ranks)]  # fmt: skip
     return [collective for collective in sent if collective.ranks > 1]

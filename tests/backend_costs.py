@@ -108,7 +108,7 @@ if __name__ == "__main__":
     for settings in sys.argv[1:]:
         found = measure(load_config("configs/quickstart.yaml", settings.split()), topology)
         ranks = dist.gather_objects(found["held"])
-        found["held"] = {kind: sum(rank[kind] for rank in ranks) // len(ranks) for kind in ranks[0]}
+        found["held"] = {kind: max(rank[kind] for rank in ranks) for kind in ranks[0]}
         if topology.is_main:
             print(json.dumps(found), flush=True)
     dist.barrier()

@@ -186,14 +186,13 @@ def numbers() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_bytes_of_every_collective(outcomes, tmp_path_factory, ranks):
+def test_bytes_of_every_collective(outcomes, ranks):
     """What is summed, scattered and gathered in a step of two micro-batches a rank, in fp32.
 
     Gradients are reduced once, however many micro-batches there are, and the EMA sends nothing.
     """
-    file = tmp_path_factory.mktemp("json") / "deepspeed.json"  # with so tiny a model all of it would be prefetched
-    file.write_text(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": 0}}))
-    zero3 = [*ZERO["ZeRO-3"], f"parallel.deepspeed_config={file}"]
+    # all of so tiny a model would be gathered ahead, and then kept
+    zero3 = [*ZERO["ZeRO-3"], "parallel.deepspeed_config=tests/data/no_prefetch.json"]
     backends = {**RANKS[ranks], "ZeRO-3": zero3, "ZeRO-3, kept": [*zero3, "parallel.keep_gathered=true"]}
     micros = 2
     found = outcomes(ranks, "communication", (f"data.micro_batch={32 // ranks // micros}",), backends)

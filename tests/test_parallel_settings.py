@@ -85,7 +85,8 @@ def test_what_a_json_adds_goes_through(tmp_path):
         "wall_clock_breakdown": True,
     }  # fmt: skip
     made = engine_config(with_json(tmp_path, theirs, "data.global_batch=128", "parallel.zero_stage=2"), SPLIT)
-    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000}
+    ours = {"stage": 2, "stage3_prefetch_bucket_size": 5 * 10**7}
+    zero = {**ours, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000}
     assert made["zero_optimization"] == {**zero, "memory_efficient_linear": True}
     assert made["wall_clock_breakdown"] is True and "train_batch_size" not in made
     assert made["gradient_accumulation_steps"] == 1  # the engine's own: the backend adds micro-batches up

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmim.config import Config, ConfigError, Split
+from lmim.profiling import BUCKET, PREFETCH
 
 # what would break the trajectory or the target's fp32 copy: the value that does no harm, and the reason
 ZERO = "zero_optimization"
@@ -34,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
     # Its own linear layer rounds otherwise under autocast. Without it, ZeRO-3 keeps a bf16 copy of the online weights
     # from forward to backward; parallel.activation_checkpointing spares that too.
     # Its buffer for gradients is one bucket: by its own default 5e8 numbers, 2 GB in fp32, more than most ViTs have.
-    ZERO: {"memory_efficient_linear": False, "reduce_bucket_size": 5 * 10**7},
+    ZERO: {"memory_efficient_linear": False, "reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": PREFETCH},
 }
 FAR = 10**9  # numbers; DeepSpeed's default: a ViT's weights then stay gathered from forward to backward
 
