@@ -126,6 +126,19 @@ def test_two_ranks_agree_to_the_bit(outcomes):
 
 
 @pytest.mark.slow
+def test_offloaded_state_takes_the_same_steps(outcomes, reference):
+    """DeepSpeed's own JSON moves AdamW's state to the host, and under ZeRO-3 the weights and the target too."""
+    backends = {
+        name: [*ZERO[name], "parallel.deepspeed_config=tests/data/offload.json"] for name in ("ZeRO-1", "ZeRO-2")
+    }
+    backends["ZeRO-3"] = [*ZERO["ZeRO-3"], "parallel.deepspeed_config=tests/data/offload_all.json"]
+    expected = reference()
+    for name, ours in outcomes(2, "train", (), backends, resume=True).items():
+        assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-5), name
+        assert difference(ours, expected, "target.") < 1e-5, name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_one_trajectory_in_bf16(outcomes, reference, capsys, ranks):
     moved = ["precision.gather=bf16", "precision.reduce=bf16"]
