@@ -66,15 +66,13 @@ def discover() -> Topology:
         if launcher == "slurm" and ("SLURM_STEP_ID" not in env or world == "1"):
             continue
         try:
-            local = int(local_rank or 0)
-            return Topology(
-                int(rank), int(world), local, int(local_world or _ranks_here(world)), _device(local), launcher
-            )
+            numbers = int(rank), int(world), int(local_rank or 0), int(local_world or _ranks_here(world))
         except ValueError as error:
             raise ConfigError(
                 f"{names[0]}={rank}, {names[1]}={world}, {names[2]}={local_rank} must be numbers"
             ) from error
-    return Topology(0, 1, 0, 1, _device(0), "none")
+        return Topology(*numbers, _device(numbers[2], launcher), launcher)
+    return Topology(0, 1, 0, 1, _device(0, "none"), "none")
 
 
 def _ranks_here(world: str) -> int:
@@ -83,14 +81,18 @@ def _ranks_here(world: str) -> int:
     return max(int(world) // max(int(hosts), 1), 1)
 
 
-def _device(local_rank: int) -> torch.device:
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"LOCAL_RANK ({local_rank}) has no GPU of its own: start {torch.cuda.device_count()} ranks a host"
-            )
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+def _device(local_rank: int, launcher: str) -> torch.device:
+    """Return this rank's GPU: the one that its number on the host names, or the only one its scheduler lets it see."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    seen = torch.cuda.device_count()
+    if launcher in ("slurm", "openmpi") and seen == 1:  # such as srun --gpus-per-task=1
+        return torch.device("cuda", 0)
+    if local_rank >= seen:
+        raise ConfigError(
+            f"rank {local_rank} of this host has no GPU of its own, as {seen} can be seen: start no more ranks a host"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def _slurm_meeting_point() -> dict[str, str]:
@@ -118,7 +120,8 @@ def init(topology: Topology, timeout_minutes: float) -> None:
         torch.set_num_threads(max(available_cores() // topology.local_world_size, 1))
     if topology.device.type == "cuda":
         torch.cuda.set_device(topology.device)
-    defaults = dict(RANK=topology.rank, WORLD_SIZE=topology.world_size, LOCAL_RANK=topology.local_rank,
+    index = topology.device.index if topology.device.type == "cuda" else topology.local_rank
+    defaults = dict(RANK=topology.rank, WORLD_SIZE=topology.world_size, LOCAL_RANK=index,  # DeepSpeed's device
                     LOCAL_WORLD_SIZE=topology.local_world_size)  # fmt: skip
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
@@ -174,6 +177,12 @@ def shutdown() -> None:
         _heartbeat = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def set_timeout(groups: list[torch.distributed.ProcessGroup], minutes: float) -> None:
+    """Set the time limit of groups that a library made, which take its default and not that of `init`."""
+    for group in groups:
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def barrier() -> None:

@@ -31,15 +31,20 @@ USABLE = 0.85  # share of a GPU's memory to plan with; CUDA's context, NCCL and 
 
 
 class Gpu(NamedTuple):
-    """Dense bf16 peak, memory, and NVLink in one direction (half of the sum that is advertised)."""
+    """Dense peaks of bf16 and of fp32 without TF32, memory, NVLink in one direction (half of what is advertised)."""
 
     bf16_tflops: float
+    fp32_tflops: float
     memory_gb: float
     nvlink_gb_per_s: float
 
+    def tflops(self, compute: str) -> float:
+        """Return the peak of `precision.compute`."""
+        return self.bf16_tflops if compute == "bf16" else self.fp32_tflops
+
 
 # NVIDIA's data sheets of H100 SXM5, H200 SXM and A100 SXM 80 GB; the peaks without sparsity (H100's 1,979 is with it)
-GPUS = {"h100": Gpu(989, 80, 450), "h200": Gpu(989, 141, 450), "a100": Gpu(312, 80, 300)}
+GPUS = {"h100": Gpu(989, 67, 80, 450), "h200": Gpu(989, 67, 141, 450), "a100": Gpu(312, 19.5, 80, 300)}
 
 
 class Cluster(NamedTuple):
@@ -88,8 +93,9 @@ def plan(config: Config, cluster: Cluster, epoch_images: int) -> dict[str, Any]:
     gpu = GPUS[cluster.gpu]
     return dict(
         gpu=cluster.gpu, nodes=cluster.nodes, gpus_per_node=cluster.gpus_per_node, ranks=cluster.ranks,
-        peak_bf16_tflops=gpu.bf16_tflops, memory_gb=gpu.memory_gb, usable_memory_gb=USABLE * gpu.memory_gb,
-        nvlink_gb_per_s=gpu.nvlink_gb_per_s, network_gbit_per_gpu=cluster.network_gbit, mfu=cluster.mfu,
+        compute=config.precision.compute, peak_tflops=gpu.tflops(config.precision.compute),
+        memory_gb=gpu.memory_gb, usable_memory_gb=USABLE * gpu.memory_gb, nvlink_gb_per_s=gpu.nvlink_gb_per_s,
+        network_gbit_per_gpu=cluster.network_gbit, mfu=cluster.mfu,
         global_batch_images=config.data.global_batch, micro_batch_images=split.micro_batch,
         micro_batches_per_step=split.accumulate, epoch_images=epoch_images, steps=steps,
         parameters={**numbers, "trained": parts.trained, "frozen": parts.target.parameters},
@@ -149,6 +155,8 @@ def _row(config: Config, parallel: ParallelConfig, cluster: Cluster, split: Spli
     if parallel.backend != "fsdp":  # ZeRO-3 gathers as it reduces, the others gather nothing for the forward
         cut = parallel.backend == "deepspeed" and parallel.zero_stage == 3
         precision = replace(precision, gather=precision.reduce if cut else "fp32")
+    elif split.accumulate > 1:  # it would add micro-batches up in bf16
+        precision = replace(precision, reduce="fp32")
     name = setting_name(parallel, ranks)
     alike = setting_name(given, ranks) == name and given.activation_checkpointing == parallel.activation_checkpointing
     config = replace(config, parallel=parallel, precision=precision)
@@ -164,7 +172,8 @@ def _row(config: Config, parallel: ParallelConfig, cluster: Cluster, split: Spli
     fitting = (micro for micro in powers if share % micro == 0 and sum(held(micro).values()) <= usable)
     sent, flops = collectives(config, split), flops_per_image(config)
     worked = flops.total + flops.recomputed * parallel.activation_checkpointing
-    compute_s = config.data.global_batch * worked / (ranks * cluster.mfu * GPUS[cluster.gpu].bf16_tflops * 1e12)
+    flop_per_s = ranks * cluster.mfu * GPUS[cluster.gpu].tflops(precision.compute) * 1e12
+    compute_s = config.data.global_batch * worked / flop_per_s
     sending_s = sum(cluster.seconds(collective) for collective in sent)
     # DeepSpeed's stages 0 to 2 reduce and gather after the backward; ZeRO-3 and fsdp do beside it
     beside = parallel.backend == "fsdp" or parallel.zero_stage == 3
@@ -203,7 +212,7 @@ def print_plan(told: dict[str, Any]) -> None:
         f"FLOPs/image forward: target {giga['target_forward']}, online {giga['online_forward']}, decoder "
         f"{giga['decoder_forward']}, loss {giga['loss_forward']}; backward {giga['backward']}; all {giga['total']}",
         f"cluster     {told['nodes']} x {told['gpus_per_node']} {told['gpu'].upper()}, "
-        f"{told['peak_bf16_tflops']:g} dense bf16 TFLOP/s at {told['mfu']:.0%} (assumed MFU), NVLink "
+        f"{told['peak_tflops']:g} dense {told['compute']} TFLOP/s at {told['mfu']:.0%} (assumed MFU), NVLink "
         f"{told['nvlink_gb_per_s']:g} GB/s, network {told['network_gbit_per_gpu']:g} Gbit/s a GPU",
         f"batch       {told['global_batch_images']} images a step = {told['ranks']} ranks x "
         f"{told['micro_batches_per_step']} x {told['micro_batch_images']} (micro-batch)",

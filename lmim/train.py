@@ -260,7 +260,8 @@ def train(config: Config | str | Path) -> int:
         code = _steps(run, backend, run.resume(), stop)
         backend.close()
         return code
-    except Exception as error:
+    except BaseException as error:
+        run.backend.abandon()
         dist.fail(error)
         raise
     finally:

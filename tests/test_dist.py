@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lmim import dist
+from lmim.config import ConfigError
 from tests.conftest import REPOSITORY, process_environment
 
 SLURM = dict(SLURM_PROCID="3", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_NNODES="4", SLURM_STEP_ID="0")
@@ -48,6 +50,24 @@ def test_rank_and_size_come_from_the_launcher(environment, variables, found):
     environment(**variables)
     here = dist.discover()
     assert (here.rank, here.world_size, here.local_rank, here.local_world_size, here.launcher) == found
+
+
+@pytest.mark.parametrize(
+    ("launcher", "local_rank", "seen", "index"),
+    [("slurm", 1, 4, 1), ("slurm", 3, 1, 0), ("openmpi", 3, 1, 0), ("torchrun or deepspeed", 3, 4, 3)],
+)  # one GPU is all that a task started by `srun --gpus-per-task=1` sees
+def test_every_rank_has_a_gpu(monkeypatch, launcher, local_rank, seen, index):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert dist._device(local_rank, launcher) == torch.device("cuda", index)
+
+
+def test_a_rank_without_a_gpu_is_told_so(environment, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    environment(RANK="3", WORLD_SIZE="4", LOCAL_RANK="3", LOCAL_WORLD_SIZE="4")
+    with pytest.raises(ConfigError, match="rank 3 of this host has no GPU of its own, as 2 can be seen"):
+        dist.discover()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from rich.table import Table
 
 from lmim.dist import Topology
 from lmim.objective import LatentMIM
-from tests.ranks import result, run_jobs, tiny_config, train
+from tests.conftest import REPOSITORY, process_environment, train_command
+from tests.ranks import Driver, result, run_jobs, tiny_config, train
 
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
 LOCAL = ["parallel.backend=local"]
@@ -142,7 +144,10 @@ def test_offloaded_state_takes_the_same_steps(outcomes, reference):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_one_trajectory_in_bf16(outcomes, reference, capsys, ranks):
     moved = ["precision.gather=bf16", "precision.reduce=bf16"]
-    extra = {"ZeRO-3, bf16 moved": [*ZERO["ZeRO-3"], *moved], "FSDP2, bf16 moved": [*FSDP["FSDP2 full"], *moved]}
+    extra = {
+        "ZeRO-3, bf16 moved": [*ZERO["ZeRO-3"], *moved],
+        "FSDP2, bf16 moved": [*FSDP["FSDP2 full"], *moved, f"data.micro_batch={32 // ranks}"],
+    }
     outcome = outcomes(ranks, "train", tuple(BF16), {**RANKS[ranks], **extra}, resume=True)
     expected, exact = reference(tuple(BF16)), reference()
     print_table(capsys, f"20 steps in bf16 on {ranks} ranks, relative to one process in bf16", outcome, expected)
@@ -176,6 +181,48 @@ def test_drop_path_dropout_and_clipping_work_on_every_backend(outcomes, referenc
     for name, ours in outcomes(2, "train", (*FEATURES, *settings)).items():
         assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-5), name
         assert ours["norms"] == pytest.approx(expected["norms"], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_compiled_graphs_are_static_and_evaluations_make_none():
+    """One graph each for the online encoder's tokens, the target's and the decoder's, whatever an evaluation gives."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    driver = Driver([*LOCAL, COMPILE], ALONE)
+    for step in range(2):
+        driver.step(step)
+    with driver.backend.infer("online") as encoder:
+        for images, pixels in ((2, 28), (3, 28)):
+            encoder.forward_features(torch.zeros(images, 3, pixels, pixels))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+BROKEN_RUN = """
+import sys
+from lmim import __main__
+from lmim.data.storage import StorageError
+train = sys.modules["lmim.train"]
+given = train.next_batch
+def next_batch(batches, run, step):
+    if step == 1 and len(seen) == 5:
+        raise StorageError("the network is gone")
+    seen.append(step)
+    return given(batches, run, step)
+seen, train.next_batch = [], next_batch
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_error_amid_a_step_ends_in_one_line(shards, tmp_path, stage):
+    """DeepSpeed's reduction of several micro-batches must not run on when the run is over."""
+    settings = ("data.micro_batch=8", f"parallel.zero_stage={stage}", "optim.duration=4st")
+    command = train_command(shards, tmp_path / "run", *settings)
+    command[1:3] = ["-c", BROKEN_RUN]
+    done = subprocess.run(command, cwd=REPOSITORY, env=process_environment(), capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == "error: the network is gone"
 
 
 def test_parameter_groups_stay_as_they_are(outcomes, reference):
@@ -230,6 +277,7 @@ def test_bytes_of_every_collective(outcomes, ranks):
 
 def test_gradients_are_reduced_in_the_precision_asked_for(outcomes):
     backends = {**{name: ZERO[name] for name in ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3")}, "FSDP2": FSDP["FSDP2 full"]}
+    backends["FSDP2"] = [*backends["FSDP2"], "data.micro_batch=16"]
     for reduce, moved in (("fp32", "torch.float32"), ("bf16", "torch.bfloat16")):
         chosen = {name: [*settings, *BF16, f"precision.reduce={reduce}"] for name, settings in backends.items()}
         chosen["ZeRO-3"].append(f"precision.gather={reduce}")

@@ -56,6 +56,9 @@ CONTRADICTIONS = [
     ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation (False)"]),
     ({"communication_data_type": "fp16"}, ["communication_data_type (fp16)", "precision.reduce"]),
     ({"zero_optimization": {"zero_hpz_partition_size": 8}}, ["zero_hpz_partition_size (8)", "EMA"]),
+    ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, ["offload_param.device (nvme)", "EMA"]),
+    ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op (sum)", "averaged"]),
+    ({"zero_optimization": {"compute_grad_norm": False}}, ["compute_grad_norm (False)"]),
     ("{", ["is not valid JSON"]),
     ("[]", ["one object"]),
 ]
@@ -78,19 +81,38 @@ def test_a_missing_json_is_named(tmp_path):
 def test_what_a_json_adds_goes_through(tmp_path):
     """Offloading, sizes of buckets and defaults of ours that are no setting; what agrees, and "auto", is no fault."""
     theirs = {
-        "train_batch_size": "auto", "gradient_accumulation_steps": 2, "fp16": {"enabled": False},
+        "train_batch_size": "auto", "communication_data_type": "auto", "gradient_accumulation_steps": 2,
+        "fp16": {"enabled": False},
         "managed_gradient_accumulation": True,
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000,
-                              "memory_efficient_linear": True},
+                              "stage3_prefetch_bucket_size": "auto", "memory_efficient_linear": True},
         "wall_clock_breakdown": True,
     }  # fmt: skip
     made = engine_config(with_json(tmp_path, theirs, "data.global_batch=128", "parallel.zero_stage=2"), SPLIT)
     ours = {"stage": 2, "stage3_prefetch_bucket_size": 5 * 10**7}
     zero = {**ours, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000}
     assert made["zero_optimization"] == {**zero, "memory_efficient_linear": True}
-    assert made["wall_clock_breakdown"] is True and "train_batch_size" not in made
+    assert made["wall_clock_breakdown"] is True
+    assert not {"train_batch_size", "communication_data_type"} & made.keys()
     assert made["gradient_accumulation_steps"] == 1  # the engine's own: the backend adds micro-batches up
     assert made["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
+ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
+
+
+def test_what_deepspeed_itself_refuses_is_one_line(tmp_path):
+    config = with_json(tmp_path, {"sparse_gradients": True})
+    with pytest.raises(ConfigError, match=r"ds\.json\) is refused by DeepSpeed: Sparse") as caught:
+        build_backend(config, ALONE, validate(config, 1))
+    assert "\n" not in str(caught.value)
+
+
+def test_fsdp_does_not_add_micro_batches_up_in_bf16():
+    settings = [*TINY, "parallel.backend=fsdp", "precision.compute=bf16", "precision.reduce=bf16"]
+    config = load_config(REPOSITORY / "configs" / "quickstart.yaml", settings)
+    with pytest.raises(ConfigError, match=r"precision\.reduce \(bf16\).* 2 micro-batches"):
+        build_backend(config, ALONE, validate(config, 1))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -112,6 +134,5 @@ def test_gathering_in_bf16_is_refused_where_torch_cannot_keep_norms_in_fp32(monk
     monkeypatch.setattr(MixedPrecisionPolicy, "__dataclass_fields__", fields)
     settings = [*TINY, "parallel.backend=fsdp", "precision.compute=bf16", "precision.gather=bf16"]
     config = load_config(REPOSITORY / "configs" / "quickstart.yaml", settings)
-    alone = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
     with pytest.raises(ConfigError, match=r"precision\.gather \(bf16\) needs torch 2\.15"):
-        build_backend(config, alone, validate(config, 1))
+        build_backend(config, ALONE, validate(config, 1))

@@ -299,6 +299,9 @@ def test_time_follows_from_flops_and_bytes(capsys):
     assert zero["images_per_s"] == pytest.approx(4096 / (compute_s + sending_s), rel=0.01)
     assert rows["FSDP"]["images_per_s"] == pytest.approx(4096 / max(compute_s, sending_s), rel=0.01)
     assert zero["days"] == pytest.approx(math.ceil(800 * 1e6 / 4096) * (compute_s + sending_s) / 86400, rel=0.01)
+    in_fp32 = told_as_json(capsys, str(REPOSITORY / "configs/vit_base_imagenet1k.yaml"), "precision.compute=fp32",
+                           "--nodes", "2", "--gpu", "a100", "--mfu", "0.5")  # fmt: skip
+    assert in_fp32["settings"][0]["compute_s_per_step"] == pytest.approx(compute_s * 312 / 19.5, rel=0.01)
     hybrid = {c["name"]: c for c in rows["HSDP of 8"]["collectives"]}
     assert hybrid["all_reduce"]["ranks"] == 2 and hybrid["reduce_scatter"]["ranks"] == 8
     assert hybrid["all_reduce"]["payload_bytes_per_step"] == pytest.approx(gradients / 8, rel=0.001)

@@ -76,9 +76,11 @@ def test_parts_merging_and_an_index_of_tars_by_the_command_line(tmp_path, capsys
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path):
     images = folder_of_images(tmp_path / "images")
-    for i in range(3000):
-        (images / "class0" / f"copy{i}.png").write_bytes((images / "class0" / "0.png").read_bytes())
-    command = [sys.executable, TOOL, images, tmp_path / "dst", "--samples-per-shard", "5", "--workers", "2"]
+    Image.effect_noise((1500, 1500), 60).save(tmp_path / "large.png")  # slow to read: all would take a minute or more
+    for i in range(1000):
+        (images / "class0" / f"copy{i}.png").hardlink_to(tmp_path / "large.png")
+    command = [sys.executable, TOOL, images, tmp_path / "dst", "--samples-per-shard", "2", "--workers", "2",
+               "--short-side", "64"]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not list(tmp_path.glob("dst/unfinished/*.json"))[1:]:  # the plan, and a shard's record
         time.sleep(0.01)

@@ -23,7 +23,7 @@ from lmim.checkpoint import check_same_model, load_encoder
 from lmim.config import Config, ConfigError, model_dimensions, validate
 from lmim.data.loader import open_data
 from lmim.data.shards import ShardIndex
-from lmim.dist import Topology, discover, init, shutdown
+from lmim.dist import Topology, discover, fail, init, shutdown
 from lmim.eval.features import extract, patch_mean, raw_pixels
 from lmim.objective import LatentMIM
 from lmim.vit import VisionTransformer
@@ -101,6 +101,9 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[st
         encoders = (("random", random.online), (which, trained))
         maps = {"pixels": raw_pixels} | {name: patch_mean(e.to(topology.device).eval()) for name, e in encoders}
         results = {name: _both_protocols(function, test, train, config, topology) for name, function in maps.items()}
+    except BaseException as error:
+        fail(error)
+        raise
     finally:
         shutdown()
     if not topology.is_main:

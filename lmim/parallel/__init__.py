@@ -58,6 +58,9 @@ class Backend(Protocol):
     def load_state(self, state: TrainState) -> None:
         """Take over a whole state, given on every rank."""
 
+    def abandon(self) -> None:
+        """Drop the step in hand, after an error, without a word to the other ranks."""
+
     def close(self) -> None:
         """Free what the backend holds; the process group stays."""
 
@@ -82,7 +85,8 @@ def lend(encoder: VisionTransformer, topology: Topology) -> Iterator[VisionTrans
     training = encoder.training
     encoder.eval()
     try:
-        with torch.no_grad(), attention_kernel(topology):
+        # not compiled: every batch size and resolution of an evaluation would make a graph of its own
+        with torch.no_grad(), attention_kernel(topology), torch.compiler.set_stance("force_eager"):
             yield encoder
     finally:
         encoder.train(training)
@@ -114,7 +118,7 @@ def prepare_blocks(model: LatentMIM, config: Config) -> None:
     if config.parallel.compile:
         for part in (model.online, model.target, model.decoder):
             for block in part.blocks:
-                block.compile()
+                block.compile(dynamic=False)  # or online and target, which differ in tokens, would share one graph
 
 
 def build_backend(config: Config, topology: Topology, split: Split) -> Backend:

@@ -16,12 +16,14 @@ Measured facts this file stands on (DeepSpeed 0.19):
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
@@ -30,7 +32,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from lmim.config import Config, Split
+from lmim import dist
+from lmim.config import Config, ConfigError, Split
 from lmim.dist import Topology
 from lmim.objective import LatentMIM, StepOutput
 from lmim.optim import build_adamw, ema_update, parameter_groups, set_learning_rate
@@ -49,6 +52,13 @@ class DeepSpeedBackend:
         self.cut = config.parallel.zero_stage == 3  # weights too
         self.engine_config = engine_config(config, split)
         deepspeed.utils.logger.setLevel(logging.WARNING)
+        try:
+            DeepSpeedConfig(copy.deepcopy(self.engine_config))
+        except (DeepSpeedConfigError, ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"parallel.deepspeed_config ({config.parallel.deepspeed_config}) is refused by DeepSpeed: {reason}"
+            ) from error
         # Compiling its shared-memory all-reduce takes half a minute at a first start on CPUs; gloo is there already.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -67,6 +77,7 @@ class DeepSpeedBackend:
             group["params"] = [self.model.get_parameter(name) for name in group["names"]]
         self.adamw = build_adamw(groups, self.config.optim)
         self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.adamw, config=self.engine_config)
+        dist.set_timeout([self.engine.data_parallel_group], self.config.parallel.timeout_minutes)
         if self.cut:
             self._share_masters()
         self._create_moments()
@@ -204,6 +215,12 @@ class DeepSpeedBackend:
                 for moment in MOMENTS:
                     value = cut_of(tensor, state.optimizer[f"{moment}/{name}"])
                     safe_set_local_optimizer_state(tensor, value, moment)
+
+    def abandon(self) -> None:
+        if hasattr(self, "one_reduction"):  # closed, now or when it is collected, it would reduce gradients: alone
+            for stages in ("zero12", "zero3"):
+                setattr(self.engine, f"_flush_coalesced_reduction_{stages}", lambda optimizer: None)
+            self.one_reduction.close()
 
     def close(self) -> None:
         self.engine.destroy()

@@ -27,6 +27,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     f"{ZERO}.zero_quantized_weights": (False, "the target's EMA needs fp32 weights"),
     f"{ZERO}.zero_quantized_nontrainable_weights": (False, "the target's EMA needs fp32 weights"),
     f"{ZERO}.stage3_param_persistence_threshold": (0, "weights that are kept whole do not see the target's EMA"),
+    f"{ZERO}.stage3_module_granularity_threshold": (0, "modules gathered whole do not see the target's EMA"),
+    f"{ZERO}.offload_param.device": (("cpu", "none"), "the target's EMA needs fp32 weights in memory"),
+    f"{ZERO}.offload_optimizer.device": (("cpu", "none"), "checkpoints need the optimizer's state in memory"),
+    f"{ZERO}.compute_grad_norm": (True, "the gradient's norm is logged and tells steps that must be left out"),
+    "gradient_allreduce_op": ("mean", "gradients are averaged over ranks"),
     f"{ZERO}.mics_shard_size": (-1, "take parallel.backend=fsdp with parallel.shard_ranks"),
 }
 DEFAULTS: dict[str, Any] = {
@@ -66,7 +71,7 @@ def engine_config(config: Config, split: Split) -> dict[str, Any]:
         fixed["communication_data_type"] = "bf16"  # ZeRO-0 reduces as this says and not as autocast does
     if not parallel.deepspeed_config:
         return _over(below, fixed)
-    theirs = _read(Path(parallel.deepspeed_config))
+    theirs = _without_auto(_read(Path(parallel.deepspeed_config)))
     _refuse_contradictions(theirs, config, split)
     theirs.pop("train_batch_size", None)
     return _over(_over(below, theirs), fixed)
@@ -97,12 +102,13 @@ def _refuse_contradictions(theirs: dict[str, Any], config: Config, split: Split)
         "torch_autocast.lower_precision_safe_modules": ("precision.reduce", [] if precision.reduce == "fp32" else None),
     }
     for key, value in _flat(theirs):
-        if key in said and value != "auto" and value != said[key][1]:
+        if key in said and value != said[key][1]:
             option, ours = said[key]
             raise ConfigError(f"parallel.deepspeed_config ({path}): {key} is {value} there, but {option} makes it "
                               f"{ours}: make them agree, or leave it out there")  # fmt: skip
         for refused, (harmless, reason) in REFUSED.items():
-            if (key == refused or key.startswith(f"{refused}.")) and value not in (harmless, None, "auto"):
+            allowed = harmless if isinstance(harmless, tuple) else (harmless,)
+            if (key == refused or key.startswith(f"{refused}.")) and value not in (*allowed, None):
                 raise ConfigError(f"parallel.deepspeed_config ({path}): {key} ({value}) cannot be used: {reason}")
 
 
@@ -112,6 +118,12 @@ def _flat(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def _without_auto(options: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is "auto", by which Hugging Face's files ask the program that reads them to choose."""
+    return {key: _without_auto(value) if isinstance(value, dict) else value
+            for key, value in options.items() if value != "auto"}  # fmt: skip
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lmim import dist
 from lmim.config import Config, ConfigError, Split
 from lmim.dist import Topology
 from lmim.objective import LatentMIM, StepOutput
@@ -64,6 +65,11 @@ class FsdpBackend:
     def _policy(self) -> MixedPrecisionPolicy:
         """Return the precisions of gathering and reducing; only what autocast rounds to bf16 is gathered in bf16."""
         precision, gathered = self.config.precision, {}
+        if precision.reduce == "bf16" and self.split.accumulate > 1:
+            raise ConfigError(
+                f"precision.reduce (bf16) with parallel.backend=fsdp would add {self.split.accumulate} micro-batches "
+                "up in bf16 too: take fp32, which costs little once in so many, or a larger data.micro_batch"
+            )
         if precision.gather == "bf16":
             if "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__:
                 raise ConfigError(
@@ -76,8 +82,9 @@ class FsdpBackend:
 
     def _shard(self) -> None:
         """Cut the model: a group for every block, one for the projector, and one for what is left of each part."""
-        keep = self.config.parallel.keep_gathered
-        how = dict(mesh=self._mesh(), mp_policy=self.policy, reshard_after_forward=not keep)
+        keep, mesh = self.config.parallel.keep_gathered, self._mesh()
+        dist.set_timeout(mesh.get_all_groups(), self.config.parallel.timeout_minutes)
+        how = dict(mesh=mesh, mp_policy=self.policy, reshard_after_forward=not keep)
         self.parts = (self.model.online, self.model.target, self.model.decoder)
         for part in self.parts:
             for block in part.blocks:
@@ -154,6 +161,9 @@ class FsdpBackend:
             else:
                 value = put(torch.empty_like(parameter), value)
             self.optimizer.state[parameter][key] = value
+
+    def abandon(self) -> None:
+        pass
 
     def close(self) -> None:
         del self.model, self.optimizer, self.parts, self.target_shards, self.online_shards

@@ -66,6 +66,9 @@ class LocalBackend:
         self.model.load_state_dict(state.weights)
         load_optimizer_state(self.model, self.optimizer, state.optimizer)
 
+    def abandon(self) -> None:
+        pass
+
     def close(self) -> None:
         del self.model, self.optimizer
 
