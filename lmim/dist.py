@@ -181,8 +181,10 @@ def shutdown() -> None:
 
 def set_timeout(groups: list[torch.distributed.ProcessGroup], minutes: float) -> None:
     """Set the time limit of groups that a library made, which take its default and not that of `init`."""
+    # torch 2.15 has it under a public name
+    change = getattr(torch.distributed, "set_timeout", None) or torch.distributed.distributed_c10d._set_pg_timeout
     for group in groups:
-        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+        change(timedelta(minutes=minutes), group)
 
 
 def barrier() -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,12 @@ TINY = [
     "data.workers=0", "eval.knn_every=0st", "checkpoint.every=1000st", "log.every=1st", "precision.compute=fp32",
     "objective.similarity_weight=0.1", "optim.warmup=10%",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_is_heard():
+    """A shell lets what it starts in the background ignore SIGINT, and so would every process that tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
