@@ -83,6 +83,7 @@ def test_report_without_a_run(tmp_path, capsys):
     assert "log.jsonl" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_wandb_offline_and_its_run_goes_on(shards, tmp_path):
     from tests.conftest import run_training
 

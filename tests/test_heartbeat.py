@@ -87,6 +87,7 @@ def test_a_rank_that_is_gone_is_named_by_the_others(tmp_path, lost, how):
         processes[lost].communicate()
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_named_with_its_error(tmp_path):
     processes = start(tmp_path, ["reduce", "raise", "reduce"])
     codes_and_errors = [end(process, within_s=5 * LIMIT_S) for process in processes]

@@ -275,6 +275,7 @@ def test_bytes_of_every_collective(outcomes, ranks):
         assert counted == pytest.approx({key: 4 * value for key, value in expected[name].items()}, rel=0.05), name
 
 
+@pytest.mark.slow
 def test_gradients_are_reduced_in_the_precision_asked_for(outcomes):
     backends = {**{name: ZERO[name] for name in ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3")}, "FSDP2": FSDP["FSDP2 full"]}
     backends["FSDP2"] = [*backends["FSDP2"], "data.micro_batch=16"]

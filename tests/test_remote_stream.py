@@ -140,6 +140,7 @@ def test_the_first_batch_after_a_resume_fetches_little_and_later_ones_nothing(se
     batches.close()
 
 
+@pytest.mark.slow
 def test_training_reads_s3_through_a_cache(shards, tmp_path, monkeypatch):
     """`lmim train` on an address: moto's server answers in the S3 protocol."""
     import boto3

@@ -40,7 +40,10 @@ def interrupt(command: list[str], run_folder: Path, number: int, after_steps: in
             os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+SLOWLY = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *SLOWLY])
 def test_stopped_alone(unbroken, shards, tmp_path, number):
     command = train_command(shards, tmp_path / "run", STEPS, "parallel.backend=local", "data.workers=1")
     assert interrupt(command, tmp_path / "run", number, after_steps=5, group=number == signal.SIGINT) == 75
@@ -96,6 +99,7 @@ def test_goes_on_with_another_backend_and_number_of_ranks(unbroken, shards, tmp_
     assert losses(tmp_path / "run") == pytest.approx(unbroken, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(shards, tmp_path):
     settings = ("optim.duration=3st", "parallel.backend=local")
     run_training(shards, tmp_path / "run", *settings)

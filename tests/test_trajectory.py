@@ -19,7 +19,7 @@ def reference(shards, tmp_path_factory) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_loader_workers_change_nothing(reference, shards, tmp_path, workers):
     run_training(shards, tmp_path / "run", STEPS, "parallel.backend=local", f"data.workers={workers}")
     assert losses(tmp_path / "run") == reference
@@ -27,7 +27,7 @@ def test_loader_workers_change_nothing(reference, shards, tmp_path, workers):
 
 @pytest.mark.launch
 @pytest.mark.parametrize("ranks, settings", [
-    (1, ["parallel.backend=deepspeed"]),
+    pytest.param(1, ["parallel.backend=deepspeed"], marks=pytest.mark.slow),
     (2, ["parallel.backend=deepspeed", "parallel.zero_stage=3"]),
 ])  # fmt: skip
 def test_under_the_deepspeed_launcher(reference, shards, tmp_path, ranks, settings):
