@@ -1,7 +1,7 @@
 """Latent Masked Image Modeling (ECCV 2024) at scale: https://arxiv.org/abs/2407.15837."""
 
-from lmim.checkpoint import load_encoder
 from lmim.config import load_config
+from lmim.formats import load_encoder
 from lmim.objective import LatentMIM
 from lmim.train import train
 from lmim.version import __version__

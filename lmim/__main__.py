@@ -2,6 +2,7 @@
 
     lmim train CONFIG [section.key=value ...]        pretrain; under a launcher or alone; started again it goes on
     lmim eval knn CONFIG [section.key=value ...]     nearest-neighbour accuracy beside raw pixels and a random encoder
+    lmim export SOURCE [DESTINATION --format F]      weights of any format as another's; alone: what SOURCE holds
     lmim report RUN_FOLDER                           draw RUN_FOLDER/report.png
     lmim plan CONFIG --nodes N --gpus-per-node K     memory, speed and duration on GPUs, for every way of sharding
 
@@ -19,12 +20,15 @@ import time
 from pathlib import Path
 
 from lmim import __version__
+from lmim.checkpoint import SaveError
 from lmim.config import ConfigError, load_config
 from lmim.data.datasets import open_source
 from lmim.data.loader import DataError
 from lmim.data.shards import INDEX, ShardIndex
 from lmim.data.storage import StorageError
+from lmim.export import SUFFIXES, export, format_of
 from lmim.forecast import GPUS, IMAGENET_IMAGES, Cluster, plan, print_plan
+from lmim.formats import describe, read_weights
 from lmim.train import TrainingError, train
 
 OTHER_RANKS_WAIT_S = 3.0
@@ -40,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         parsed.overrides = [*parsed.overrides, *rest]
     try:
         return parsed.run(parsed)
-    except (ConfigError, DataError, StorageError, TrainingError) as error:
+    except (ConfigError, DataError, SaveError, StorageError, TrainingError) as error:
         # All ranks see most mistakes: the first speaks, and the launcher ends the others before they repeat it.
         rank = os.environ.get("RANK", "0")
         words = str(error).strip().splitlines()[-1]  # a loader worker's error comes with its traceback in front
@@ -83,6 +87,20 @@ def _parser() -> argparse.ArgumentParser:
                          help="of an epoch where data.train has no index here (default: ImageNet-1K)")  # fmt: skip
     command.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     command.set_defaults(run=_plan)
+
+    command = commands.add_parser("export", help="convert weights, or tell what a file or folder holds")
+    command.add_argument("source", type=Path, help="run folder, checkpoint, .pth, .safetensors, or a folder of "
+                         "DeepSpeed, torch.distributed.checkpoint, transformers or timm")  # fmt: skip
+    command.add_argument("destination", type=Path, nargs="?", help="file or folder to write; left out: tell what "
+                         "SOURCE is")  # fmt: skip
+    command.add_argument("--format", choices=SUFFIXES, help="of DESTINATION (default: by .pth, .safetensors, .onnx)")
+    command.add_argument("--which", choices=("online", "target"),
+                         help="encoder, for timm, huggingface and onnx (default: online)")  # fmt: skip
+    command.add_argument("--grid", type=int, help="cells a side that positions are resized to (default: as trained)")
+    command.add_argument("--num-heads", type=int, help="attention heads, where SOURCE does not tell them")
+    command.add_argument("--check", action="store_true",
+                         help="run both sides on the same images and print the largest difference")  # fmt: skip
+    command.set_defaults(run=_export)
 
     command = commands.add_parser("report", help="draw a run")
     command.add_argument("run_folder", type=Path)
@@ -136,6 +154,30 @@ def _epoch_images(train: str | list[str], otherwise: int) -> tuple[int, str]:
     if all((Path(source) / INDEX).is_file() for source in sources):
         return sum(len(ShardIndex.open(source, option="data.train")) for source in sources), "index of data.train"
     return otherwise, "by --images; data.train has no index here"
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    if parsed.destination is None:
+        told = describe(read_weights(parsed.source))
+        for name, value in told.items():
+            words = ", ".join(f"{k} {v:,}" for k, v in value.items()) if isinstance(value, dict) else value
+            print(f"{name:>10}  {(', '.join(words) or 'nothing') if isinstance(words, list) else words}")
+        print(json.dumps(told))
+        return 0
+    format = parsed.format or format_of(parsed.destination)
+    if format is None:
+        raise ConfigError(f"--format is not given, and {parsed.destination} does not tell it: {', '.join(SUFFIXES)}")
+    done = export(parsed.source, parsed.destination, format, parsed.which, num_heads=parsed.num_heads,
+                  grid=parsed.grid, check=parsed.check)  # fmt: skip
+    print(f"{done.source} ({done.kind}) -> {done.destination} ({done.format}, {done.which})")
+    for words in done.changed:
+        print(words)
+    if done.left_out:
+        print(f"left out: {len(done.left_out)} tensors, from {done.left_out[0]} to {done.left_out[-1]}")
+    if done.difference is not None:
+        print(f"largest difference of features on the same images: {done.difference:.1e} of the largest feature")
+    print(json.dumps(done._asdict()))
+    return 0
 
 
 def _report(parsed: argparse.Namespace) -> int:

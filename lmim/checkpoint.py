@@ -2,36 +2,41 @@
 
 Owns the layout on disk, the commit and the retention. The invariant: a folder `step-XXXXXXXX` is complete (its files
 were written under another name, synced, and renamed last), so whatever interrupts a save leaves the older ones whole.
-Tensors are safetensors files under LatentMIM's own names: reading a checkpoint runs no code of its author.
 
     run folder/checkpoints/step-00001200/
-        weights.safetensors     online.*, target.*, decoder.*: fp32
-        optimizer.safetensors   exp_avg/NAME, exp_avg_sq/NAME, step/NAME
-        state.json              step, resolved config, data's identity, and every file's size and checksum
+        weights-RANK.safetensors     online.*, target.*, decoder.*: fp32
+        optimizer-RANK.safetensors   exp_avg/NAME, exp_avg_sq/NAME
+        state.json                   step, resolved config, data's identity; shapes of tensors, checksums of files
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
-import pickle
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lmim.config import VARIANTS, Config, ConfigError, config_from_dict, config_hash, model_dimensions
-from lmim.convert import from_authors
-from lmim.vit import VisionTransformer
+from lmim import dist, store
+from lmim.config import Config, ConfigError, config_from_dict, config_hash
+from lmim.optim import MOMENTS
+from lmim.store import CheckpointException, FileRecord, Piece
 
-FORMAT = 1
-WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+logger = logging.getLogger(__name__)
+FORMAT = 2
+STATE = "state.json"
+
+
+class SaveError(RuntimeError):
+    """The newest checkpoint could not be written."""
 
 
 @dataclass(frozen=True)
@@ -40,41 +45,113 @@ class Position:
 
     step: int
     samples: int  # the cursor: how far the run has come along its stream of samples, over all ranks
+    optimizer_steps: int  # fewer than steps where some were left out
     data_fingerprint: str
     micro_batch: int  # images per forward on one rank: the scope of the similarity penalty
 
 
-def save(
-    run_folder: Path,
-    position: Position,
-    config: Config,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    keep: int,
-) -> Path:
-    """Commit one checkpoint and drop all but the newest `keep`; called on one rank."""
-    folder = run_folder / "checkpoints"
-    final = folder / f"step-{position.step:08d}"
-    for leftover in folder.glob(".step-*"):  # of saves that were interrupted
-        shutil.rmtree(leftover)
-    temporary = folder / f".{final.name}.tmp"
-    temporary.mkdir(parents=True)
-    files = {}
-    for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
-        files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
-        _sync(temporary / name)
-    state = dict(format=FORMAT, **asdict(position), config=asdict(config), config_hash=config_hash(config), files=files)
-    (temporary / STATE).write_text(json.dumps(state, indent=1))
-    _sync(temporary / STATE)
-    _sync(temporary)
-    if final.exists():
-        os.rename(final, folder / f".{final.name}.old")
-    os.rename(temporary, final)
-    _sync(folder)
-    for old in [*folder.glob(".step-*.old"), *complete(run_folder)[:-keep]]:
-        shutil.rmtree(old)
-    return final
+class Saver:
+    """Writes a run's checkpoints, one after another; all of it is called on every rank alike.
+
+    With `checkpoint.asynchronous` a save takes from training only the time to copy this rank's pieces to the host,
+    where a thread writes them while the next steps run. A save that fails on any rank leaves the older checkpoints as
+    they are, is told, and does not stop the run; the next one may succeed.
+    """
+
+    def __init__(self, run_folder: Path, config: Config, topology: dist.Topology, keep_every_steps: int = 0):
+        self.folder, self.config, self.topology = run_folder / "checkpoints", config, topology
+        self.keep_every_steps = keep_every_steps
+        self.group = dist.side_group()
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
+        self.failure: str | None = None
+        self.copies: dict[tuple[str, int], Tensor] = {}
+
+    def save(self, position: Position, pieces: list[Piece]) -> None:
+        """Start to write a checkpoint; waits for the one before."""
+        self.finish()
+        pieces = store.written_here(pieces)
+        if self.config.checkpoint.asynchronous:
+            pieces = [piece._replace(numbers=self._copied(piece)) for piece in pieces]
+            if self.topology.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+        self.writing = self.thread.submit(self._write, position, pieces)
+        if not self.config.checkpoint.asynchronous:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save in hand, and say if it failed."""
+        if self.writing is None:
+            return
+        writing, self.writing, self.failure = self.writing, None, None
+        try:
+            writing.result()
+        except (CheckpointException, OSError) as error:
+            self.failure = _one_line(error)
+            logger.error("a checkpoint could not be written (%s); the newest complete one is %s",
+                         self.failure, newest(self.folder.parent) or "none")  # fmt: skip
+
+    def close(self) -> None:
+        """Finish, and raise SaveError if the newest checkpoint could not be written."""
+        self.finish()
+        self.thread.shutdown()
+        if self.failure:
+            raise SaveError(f"the last checkpoint could not be written ({self.failure}); the newest complete one is "
+                            f"{newest(self.folder.parent) or 'none'}")  # fmt: skip
+
+    def _copied(self, piece: Piece) -> Tensor:
+        key = (piece.name, piece.start)
+        if key not in self.copies:
+            pinned = piece.numbers.device.type == "cuda"
+            self.copies[key] = torch.empty(piece.numbers.shape, dtype=piece.numbers.dtype, pin_memory=pinned)
+        return self.copies[key].copy_(piece.numbers, non_blocking=True)
+
+    def _write(self, position: Position, pieces: list[Piece]) -> None:
+        final = self.folder / f"step-{position.step:08d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        if self.topology.is_main:
+            for leftover in self.folder.glob(".step-*"):  # of saves that were interrupted
+                shutil.rmtree(leftover, ignore_errors=True)
+
+        def commit(shapes: dict[str, tuple[int, ...]], files: list[FileRecord]) -> None:
+            state = dict(format=FORMAT, **asdict(position), ranks=self.topology.world_size,
+                         config=asdict(self.config), config_hash=config_hash(self.config),
+                         files=[file._asdict() for file in files], tensors=shapes)  # fmt: skip
+            (temporary / STATE).write_text(json.dumps(state, indent=1))
+            store.sync(temporary / STATE)
+            store.sync(temporary)
+            if final.exists():  # damaged, as the run went on from an older one
+                os.rename(final, self.folder / f".{final.name}.old")
+            os.rename(temporary, final)
+            store.sync(self.folder)
+            logger.info("saved %s", final)
+            for old in [*self.folder.glob(".step-*.old"), *self._superseded()]:
+                shutil.rmtree(old, ignore_errors=True)
+
+        try:
+            store.write(temporary, pieces, commit, self.group)
+        except CheckpointException:  # on all ranks alike
+            if self.topology.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)  # it may have filled the disk
+            raise
+
+    def _superseded(self) -> list[Path]:
+        """Return the checkpoints that are neither among the newest nor to be kept for good."""
+        older, every = complete(self.folder.parent)[: -self.config.checkpoint.keep], self.keep_every_steps
+        return [path for path in older if not (every and int(path.name.removeprefix("step-")) % every == 0)]
+
+
+def _one_line(error: BaseException) -> str:
+    """Say what failed, and on which ranks."""
+    if not isinstance(error, CheckpointException):
+        return " ".join(str(error).split())
+    reasons = {}
+    for rank, (reason, _) in error.failures.items():
+        reasons.setdefault(" ".join(str(reason).split()) or type(reason).__name__, []).append(rank)
+    return "; ".join(f"rank {', '.join(map(str, ranks))}: {reason}" for reason, ranks in reasons.items())
+
+
+# --- choosing and reading --------------------------------------------------------------------------------------------
 
 
 def complete(run_folder: Path) -> list[Path]:
@@ -92,18 +169,21 @@ def newest(run_folder: Path) -> Path | None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's `state.json`."""
+    path = checkpoint / STATE
     try:
-        state = json.loads((checkpoint / STATE).read_text())
+        state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{checkpoint / STATE} is damaged ({error}): delete {checkpoint} to go on from an older one"
-        ) from error
-    wanted = {"format", "config", "files", *(field.name for field in fields(Position))}
+        raise ConfigError(f"{path} is damaged ({error})") from error
+    wanted = {"format", "config", "files", "tensors", *(field.name for field in fields(Position))}
     if not isinstance(state, dict) or not wanted <= state.keys() or state["format"] != FORMAT:
-        raise ConfigError(
-            f"{checkpoint / STATE} is damaged or not of format {FORMAT}: delete {checkpoint} to go on from an older one"
-        )
-    return state
+        raise ConfigError(f"{path} is damaged or not of format {FORMAT}")
+    try:
+        files = [FileRecord(**file) for file in state["files"]]
+        tensors = {name: tuple(map(int, shape)) for name, shape in state["tensors"].items()}
+        assert all(Path(file.name).name == file.name for file in files), "a file lies elsewhere"
+    except (TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise ConfigError(f"{path} is damaged ({error})") from error
+    return dict(state, files=files, tensors=tensors)
 
 
 def position_of(checkpoint: Path) -> Position:
@@ -117,106 +197,63 @@ def config_of(checkpoint: Path) -> Config:
     return config_from_dict(read_state(checkpoint)["config"], str(checkpoint))
 
 
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None; of its files, one part of so many is read."""
+    try:
+        files = read_state(checkpoint)["files"]
+    except ConfigError as error:
+        return str(error)
+    for file in files[part::parts]:
+        path = checkpoint / file.name
+        try:
+            size = path.stat().st_size
+            if size != file.bytes:
+                return f"{path} has {size} bytes and not {file.bytes}"
+            if store.sha256_of(path) != file.sha256:
+                return f"{path} is damaged: its checksum differs"
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}"
+    return None
+
+
+def load_pieces(checkpoint: Path, pieces: list[Piece]) -> None:
+    """Fill pieces, such as a backend's, from a checkpoint."""
+    store.read(checkpoint, [file.name for file in read_state(checkpoint)["files"]], pieces)
+
+
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Read the weights, verified against their checksum."""
-    return _load(checkpoint, WEIGHTS)
+    """Return all weights whole, verified against their checksums."""
+    return _load_whole(checkpoint, lambda name: "/" not in name)
 
 
 def load_optimizer(checkpoint: Path) -> dict[str, Tensor]:
-    """Read the optimizer's state, verified against its checksum."""
-    return _load(checkpoint, OPTIMIZER)
+    """Return AdamW's moments whole, `exp_avg/NAME` and `exp_avg_sq/NAME`, verified against their checksums."""
+    return _load_whole(checkpoint, lambda name: "/" in name)
 
 
-def _load(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    recorded, path = read_state(checkpoint)["files"][name], checkpoint / name
-    if not path.is_file() or path.stat().st_size != recorded["bytes"] or _sha256(path) != recorded["sha256"]:
-        raise ConfigError(
-            f"{path} is missing or damaged (its checksum differs): delete {checkpoint} to go on from an older one"
-        )
-    return load_file(path)
+def _load_whole(checkpoint: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    wrong = damage(checkpoint)
+    if wrong:
+        raise ConfigError(wrong)
+    shapes = read_state(checkpoint)["tensors"]
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items() if wanted(name)}
+    load_pieces(checkpoint, [store.whole(name, tensor) for name, tensor in tensors.items()])
+    return tensors
 
 
-def check_same_model(weights: dict[str, Tensor], model: nn.Module, checkpoint: Path) -> None:
-    """Raise one clear line if a checkpoint's names or shapes are not the model's."""
+def check_same_model(checkpoint: Path, model: nn.Module) -> None:
+    """Raise one clear line if the names or shapes of a checkpoint's tensors are not a model's and its moments'."""
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    ours |= {f"{moment}/{name}": tuple(parameter.shape) for name, parameter in model.named_parameters()
+             for moment in MOMENTS if parameter.requires_grad}  # fmt: skip
+    check_same_tensors(read_state(checkpoint)["tensors"], ours, checkpoint)
+
+
+def check_same_tensors(theirs: dict[str, tuple[int, ...]], ours: dict[str, tuple[int, ...]], checkpoint: Path) -> None:
+    """Raise one clear line if names or shapes of a checkpoint's tensors are not those of a configuration's."""
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ConfigError(
                 f"{checkpoint} is a checkpoint of another model: {name} is {theirs.get(name, 'absent')} there and "
                 f"{ours.get(name, 'absent')} in this configuration; give the `model` section it was trained with"
             )
-
-
-def load_encoder(path: str | Path, which: str = "online", *, num_heads: int | None = None) -> VisionTransformer:
-    """Return a trained encoder in evaluation mode, ready for `forward_features`.
-
-    `path` is a run folder (its newest checkpoint), one checkpoint, or a `.pth` file of the authors' code; `which` is
-    "online" or "target". A `.pth` file's sizes are read off its tensors, but they do not tell the number of attention
-    heads: a known width (tiny to huge) does, any other needs `num_heads`.
-    """
-    path = Path(path)
-    if path.is_file():
-        weights = _load_authors(path)
-        sizes = _sizes_of(weights, path, num_heads)
-    else:
-        checkpoint = path if (path / STATE).is_file() else newest(path)
-        if checkpoint is None:
-            raise ConfigError(f"{path} holds no complete checkpoint")
-        weights, model = load_weights(checkpoint), config_of(checkpoint).model
-        sizes = dict(
-            model_dimensions(model),
-            grid_size=model.grid_size,
-            mlp_ratio=model.mlp_ratio,
-            projector_dim=model.projector_dim,
-            projector_depth=model.projector_depth,
-            learnable_positions=model.learnable_positions,
-        )
-    encoder = VisionTransformer(**sizes)
-    encoder.load_state_dict({k.removeprefix(f"{which}."): v for k, v in weights.items() if k.startswith(f"{which}.")})
-    return encoder.eval()
-
-
-def _load_authors(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return from_authors(content["state_dict"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
-        words = " ".join(str(error).split())[:150]
-        raise ConfigError(
-            f"{path} is no checkpoint file of the authors' code ({words}): give one, or a run folder"
-        ) from error
-
-
-def _sizes_of(weights: dict[str, Tensor], path: Path, num_heads: int | None) -> dict[str, Any]:
-    """Read an encoder's sizes off its tensors' shapes."""
-    dim, patch_numbers = weights["online.patch_embed.proj.weight"].shape
-    blocks = {name.split(".")[2] for name in weights if name.startswith("online.blocks.")}
-    linears = [name for name in weights if re.fullmatch(r"online\.projector\.linear\d+\.weight", name)]
-    known = {variant["embed_dim"]: variant["num_heads"] for variant in VARIANTS.values()}
-    heads = num_heads or known.get(dim)
-    if heads is None:
-        raise ConfigError(f"{path} does not tell its number of attention heads (width {dim}): give num_heads")
-    return dict(
-        grid_size=round((weights["online.pos_embed"].shape[1] - 1) ** 0.5),
-        patch_size=round((patch_numbers / 3) ** 0.5),
-        embed_dim=dim,
-        depth=len(blocks),
-        num_heads=heads,
-        mlp_ratio=weights["online.blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        projector_depth=len(linears),
-        projector_dim=weights["online.projector.linear0.weight"].shape[0] if linears else 4096,
-    )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

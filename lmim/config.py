@@ -40,6 +40,9 @@ class RunConfig:
     folder: str = "runs/latent_mim"  # config, logs, checkpoints and figures of this run
     name: str = ""  # shown by wandb; empty: the folder's last part
     seed: int = 0  # weights, order of samples, crops, flips, gaps and masks follow from it
+    resume_from: str = ""  # another run's folder or checkpoint to go on from, where this run has none of its own
+    init_from: str = ""  # else weights to begin with, at step 0: anything that `lmim export` reads
+    time_limit_minutes: float = 0.0  # then save and stop, to be started again; 0: none
 
 
 @dataclass
@@ -111,6 +114,7 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     clip_norm: float = 0.0  # of the whole gradient; 0: no clipping
+    max_skipped_steps: int = 3  # in a row, left out as loss or gradient was not finite, that end the run
 
 
 @dataclass
@@ -149,9 +153,18 @@ class EvalConfig:
 
 
 @dataclass
+class HealthConfig:
+    on_spike: str = "warn"  # the loss leaps up; off, warn, or stop
+    on_collapse: str = "warn"  # targets become alike, in an image or at a position, or the loss stays at chance
+    patience: str = "1%"  # for so long, after the warm-up
+
+
+@dataclass
 class CheckpointConfig:
     every: str = "10%"
     keep: int = 2  # newest ones kept
+    keep_every: str = "0st"  # those at multiples of this are kept for good; 0st: none
+    asynchronous: bool = True  # written beside training, from a copy in host memory
 
 
 @dataclass
@@ -165,14 +178,16 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
 # What a resumed run may change: where things lie and how the work is split, not what is computed. The data's identity
 # is its shards' checksum, kept by the checkpoint, not its path.
-NEUTRAL = ("run.folder", "run.name", "data.train", "data.eval", "data.micro_batch", "data.workers", "data.crop_size",
-           "data.max_bad_fraction", "data.cache", "data.cache_gb", "data.timeout_s", "data.retry_minutes",
-           "data.allow_pipe", "precision.gather", "parallel.", "log.", "eval.", "checkpoint.")  # fmt: skip
+NEUTRAL = ("run.folder", "run.name", "run.resume_from", "run.init_from", "run.time_limit_minutes", "data.train",
+           "data.eval", "data.micro_batch", "data.workers", "data.crop_size", "data.max_bad_fraction", "data.cache",
+           "data.cache_gb", "data.timeout_s", "data.retry_minutes", "data.allow_pipe", "optim.max_skipped_steps",
+           "precision.gather", "parallel.", "log.", "eval.", "health.", "checkpoint.")  # fmt: skip
 
 CHOICES = {
     "model.variant": tuple(VARIANTS),
@@ -187,16 +202,18 @@ CHOICES = {
     "parallel.backend": ("deepspeed", "fsdp", "local"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "log.wandb": ("off", "online", "offline"),
+    "health.on_spike": ("off", "warn", "stop"),
+    "health.on_collapse": ("off", "warn", "stop"),
 }
 POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_size", "model.grid_size",
             "model.mlp_ratio", "model.projector_dim", "model.decoder_dim", "model.decoder_depth",
             "model.decoder_num_heads", "objective.temperature", "objective.num_visible", "data.global_batch",
             "data.micro_batch", "data.block_shards", "data.weights", "data.lanes", "data.cache_gb",
             "data.timeout_s", "data.retry_minutes", "optim.base_lr", "optim.eps",
-            "parallel.timeout_minutes", "parallel.shard_ranks",
+            "parallel.timeout_minutes", "parallel.shard_ranks", "optim.max_skipped_steps",
             "eval.resize", "eval.batch", "eval.k", "eval.temperature", "checkpoint.keep")  # fmt: skip
-NOT_NEGATIVE = ("run.seed", "model.patch_gap", "model.projector_depth", "objective.similarity_weight", "data.workers",
-                "optim.weight_decay", "optim.clip_norm")  # fmt: skip
+NOT_NEGATIVE = ("run.seed", "run.time_limit_minutes", "model.patch_gap", "model.projector_depth",
+                "objective.similarity_weight", "data.workers", "optim.weight_decay", "optim.clip_norm")  # fmt: skip
 UNIT_INTERVAL = ("objective.momentum", "optim.floor", "data.crop_scale", "data.max_bad_fraction")
 BELOW_ONE = ("model.drop_path", "model.dropout", "optim.betas")
 MAX_SOURCES = 256  # with weights: their turns are counted in 1024ths
@@ -358,9 +375,11 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(result_options(config), sort_keys=True).encode()).hexdigest()
 
 
-def changed_options(old: Config, new: Config) -> list[str]:
-    """Say which options that affect the result differ: "optim.base_lr (0.1 there, 0.2 now)"."""
+def changed_options(old: Config, new: Config, *, neutral: bool = False) -> list[str]:
+    """Say which options that affect the result differ, or those that do not: "optim.base_lr (0.1 there, 0.2 now)"."""
     before, now = result_options(old), result_options(new)
+    if neutral:
+        before, now = ({k: v for k, v in flatten(of).items() if k not in before} for of in (old, new))
     return [f"{key} ({before[key]} there, {now[key]} now)" for key in now if before[key] != now[key]]
 
 
@@ -394,7 +413,15 @@ def validate(config: Config, world_size: int) -> Split:
     _check_ranges(flat)
     _check_model(config)
     _check_data(config.data)
-    for key in ("optim.duration", "optim.warmup", "log.every", "eval.knn_every", "checkpoint.every"):
+    for key in (
+        "optim.duration",
+        "optim.warmup",
+        "log.every",
+        "eval.knn_every",
+        "health.patience",
+        "checkpoint.every",
+        "checkpoint.keep_every",
+    ):
         total = 0 if key == "optim.duration" else 100
         duration_steps(flat[key], steps_per_epoch=1.0, total_steps=total, key=key)
     _check_parallel(config, world_size)

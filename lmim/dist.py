@@ -1,7 +1,7 @@
-"""Processes: which rank this is, how ranks reduce and agree, and how a run is asked to stop.
+"""Processes: which rank this is, and how ranks reduce and agree.
 
-Owns the discovery of the launcher (deepspeed, torchrun, Slurm, Open MPI, or none), the process group's life and the
-stop request. The invariant: whatever one rank decides that others must follow goes through a collective here.
+Owns the discovery of the launcher (deepspeed, torchrun, Slurm, Open MPI, or none) and the process group's life. The
+invariant: whatever one rank decides that others must follow goes through a collective here.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from lmim.heartbeat import Heartbeat
 
 logger = logging.getLogger(__name__)
 MOST_SILENCE_S = 300.0  # of a rank, whatever the time limit of collectives
+SIDE_TIMEOUT = timedelta(hours=2)  # of what waits for the slowest disk; who is gone is found by the heartbeat
 _heartbeat: Heartbeat | None = None
 
 # launcher: names of (rank, world size, rank on this host, ranks on this host)
@@ -114,8 +114,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def init(topology: Topology, timeout_minutes: float) -> None:
-    """Start the process group (NCCL and gloo on GPUs, gloo on CPUs) and give each rank its share of cores."""
+def init(topology: Topology, timeout_minutes: float, stacks: Path | None = None) -> None:
+    """Start the process group (NCCL and gloo on GPUs, gloo on CPUs) and give each rank its share of cores.
+
+    If a rank is lost or stuck, the others leave in the folder `stacks` what their threads were at.
+    """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(available_cores() // topology.local_world_size, 1))
     if topology.device.type == "cuda":
@@ -149,8 +152,9 @@ def init(topology: Topology, timeout_minutes: float) -> None:
     if not alone:
         global _heartbeat
         signs = torch.distributed.PrefixStore("heartbeat", store.clone())
-        limit_s = min(60 * timeout_minutes, MOST_SILENCE_S)
-        _heartbeat = Heartbeat(signs, topology.rank, topology.world_size, socket.gethostname(), limit_s)
+        limit_s = min(30 * timeout_minutes, MOST_SILENCE_S)  # before those who wait for it are taken for stuck
+        _heartbeat = Heartbeat(signs, topology.rank, topology.world_size, socket.gethostname(), limit_s,
+                               60 * timeout_minutes, stacks)  # fmt: skip
 
 
 def fail(error: BaseException) -> None:
@@ -179,12 +183,32 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
+def side_group() -> torch.distributed.ProcessGroup | None:
+    """Return a group of all ranks for work beside the steps, whose collectives never meet theirs; None if alone."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=SIDE_TIMEOUT)
+
+
 def set_timeout(groups: list[torch.distributed.ProcessGroup], minutes: float) -> None:
     """Set the time limit of groups that a library made, which take its default and not that of `init`."""
     # torch 2.15 has it under a public name
     change = getattr(torch.distributed, "set_timeout", None) or torch.distributed.distributed_c10d._set_pg_timeout
     for group in groups:
         change(timedelta(minutes=minutes), group)
+
+
+def start_maximum(flag: Tensor) -> torch.distributed.Work | None:
+    """Start to replace a CPU tensor by its maximum over all ranks; None if alone, where it is that already."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    return torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
+
+
+def progress() -> None:
+    """Say that this rank's main thread goes on; who says nothing for the time limit of collectives is ended."""
+    if _heartbeat is not None:
+        _heartbeat.progress()
 
 
 def barrier() -> None:
@@ -221,48 +245,3 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     torch.distributed.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-class StopRequest:
-    """Turns SIGINT, SIGTERM and SIGUSR1 on any rank into one decision that all ranks take at the same step.
-
-    `agreed()` is called once a step on every rank. It returns what was agreed in the call before and starts the next
-    agreement, a maximum over one number on the CPU, so no step waits for it. A second SIGINT ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._flag = torch.zeros(1)
-        self._pending: Any = None
-        self._previous = {number: signal.signal(number, self._note)
-                          for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}  # fmt: skip
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal_name == "SIGINT":
-            raise KeyboardInterrupt
-        self.signal_name = self.signal_name or signal.Signals(number).name
-
-    def agreed(self) -> bool:
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return self.signal_name is not None
-        asked = False
-        if self._pending is not None:
-            self._pending.wait()
-            asked = bool(self._flag.item())
-        self._flag.fill_(float(self.signal_name is not None))
-        self._pending = torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX, async_op=True)
-        return asked
-
-    def close(self) -> None:
-        """Finish the agreement in flight and give the signals back."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-def ignore_stop_signals() -> None:
-    """Leave stop signals to the parent: a loader worker that died of Ctrl-C would keep its rank from saving."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

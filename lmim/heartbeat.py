@@ -10,6 +10,7 @@ Invariant: no silence shorter than the limit ends a run by itself, and a rank th
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -28,8 +30,10 @@ LEFT, FAILED = b"left", b"failed "
 class Heartbeat:
     """The signs of one rank; `store` is a connection that nobody else uses (its requests block)."""
 
-    def __init__(self, store: Any, rank: int, world_size: int, host: str, limit_s: float):
-        self.store, self.rank, self.world_size, self.limit_s = store, rank, world_size, limit_s
+    def __init__(self, store: Any, rank: int, world_size: int, host: str, limit_s: float, progress_limit_s: float,
+                 stacks: Path | None = None):  # fmt: skip
+        self.store, self.rank, self.world_size, self.limit_s, self.stacks = store, rank, world_size, limit_s, stacks
+        self.progress_limit_s, self._progress = progress_limit_s, time.monotonic()
         self.interval_s = min(INTERVAL_S, limit_s / (2 * MISSED))
         self.grace_s = MISSED * self.interval_s
         self.watched = range(world_size) if rank == 0 else (0,)
@@ -60,7 +64,7 @@ class Heartbeat:
                                 if sign != self._signs.get(rank, (None,))[0]}  # fmt: skip
                 self._answered = now
                 if self.store.check(["verdict"]):
-                    end_process(self.store.get("verdict").decode())
+                    self._end_process(self.store.get("verdict").decode())
                 self._stop.wait(self.interval_s)
         except RuntimeError as error:  # the process that holds the store is gone
             logger.debug("no store: %s", error)
@@ -80,6 +84,12 @@ class Heartbeat:
             if words and suspects == silent:
                 self.end(words)
             suspects = silent
+            if time.monotonic() - self._progress > self.progress_limit_s:
+                self.end(f"{self.name([self.rank])} stuck: no step for {self.progress_limit_s / 60:g} minutes")
+
+    def progress(self) -> None:
+        """Say that the main thread goes on."""
+        self._progress = time.monotonic()
 
     def end(self, words: str) -> None:
         """Tell all ranks why, if the store still answers, and end this process."""
@@ -89,7 +99,7 @@ class Heartbeat:
                 self.store.set("verdict", words)
                 if self.rank == 0:
                     time.sleep(2 * self.interval_s)  # the others read it before the store is gone with this process
-        end_process(words)
+        self._end_process(words)
 
     def silent(self, seconds: float) -> list[int]:
         """Return the watched ranks, in order, that have given no sign for so long and neither left nor failed."""
@@ -134,10 +144,17 @@ class Heartbeat:
             with suppress(RuntimeError):
                 self.store.set(f"sign/{self.rank}", FAILED + error[:500].encode() if error else LEFT)
 
-
-def end_process(words: str) -> None:
-    """Say why and end this process at once: its main thread may wait for ever."""
-    logger.error("%s: this rank ends; the same command goes on from the last checkpoint", words)
-    logging.shutdown()
-    sys.stderr.flush()
-    os._exit(1)
+    def _end_process(self, words: str) -> None:
+        """Say why, and what every thread is at, and end this process at once: its main thread may wait for ever."""
+        logger.error("%s: this rank ends; the same command goes on from the last checkpoint", words)
+        faulthandler.dump_traceback()  # to stderr
+        if self.stacks is not None:
+            with suppress(OSError):
+                self.stacks.mkdir(exist_ok=True)
+                with (self.stacks / f"rank-{self.rank:04d}.txt").open("w") as file:
+                    file.write(f"{words}\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file)
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(1)

@@ -6,15 +6,17 @@ flushes nothing is copied from the device; `log.jsonl` holds exactly one object 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import resource
 import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -114,15 +116,27 @@ class JsonLines:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
-        self._file: TextIO = path.open("a")
+        self._file, self._late = path.open("ab", buffering=0), b""
 
     def write(self, row: dict[str, Any]) -> None:
+        """Append a row; while the disk is full, rows wait in memory for the next one."""
         # JSON knows no NaN: a value that is not finite is written as null
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        waited, lines = bool(self._late), self._late + json.dumps(clean).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(lines) != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._late = b""
+        except OSError as error:
+            self._late = lines
+            os.ftruncate(self._file.fileno(), size)  # no half rows
+            if not waited:
+                logger.warning("%s cannot be written (%s): its rows wait in memory", self._file.name, error.strerror)
 
     def close(self) -> None:
+        if self._late:
+            logger.error("%s lacks its last rows: it could not be written", self._file.name)
         self._file.close()
 
 

@@ -29,6 +29,7 @@ class StepOutput(NamedTuple):
     similarity_predictions: Tensor
     similarity_visible: Tensor
     similarity_targets: Tensor
+    similarity_positions: Tensor  # of targets of different images at the same position; 0 for one image
 
 
 def infonce(predictions_BMD: Tensor, targets_BMD: Tensor, temperature: float) -> Tensor:
@@ -72,6 +73,18 @@ def mean_similarity(tokens_BTD: Tensor) -> Tensor:
     """
     sums_BD = F.normalize(tokens_BTD, dim=-1).sum(dim=1)
     return sums_BD.square().sum(dim=-1).mean() / tokens_BTD.shape[1] ** 2
+
+
+def position_similarity(tokens_BMD: Tensor, cells_BM: Tensor, num_cells: int) -> Tensor:
+    """Return the mean cosine of tokens of different images at the same cell, over all such pairs; 0 if there are none.
+
+    Near 1, a token tells where it is and nothing of its image. Σ_{a≠b} cos(a, b) = ‖Σ_a unit_a‖² − n at each cell.
+    """
+    units_RD = F.normalize(tokens_BMD, dim=-1).flatten(0, 1)
+    sums_ND = units_RD.new_zeros(num_cells, units_RD.shape[1]).index_add_(0, cells_BM.flatten(), units_RD)
+    counts_N = units_RD.new_zeros(num_cells).index_add_(0, cells_BM.flatten(), torch.ones_like(units_RD[:, 0]))
+    pairs = (counts_N * (counts_N - 1)).sum()
+    return (sums_ND.square().sum() - counts_N.sum()) / pairs.clamp(min=1) * (pairs > 0)
 
 
 class LatentMIM(nn.Module):
@@ -156,12 +169,17 @@ class LatentMIM(nn.Module):
             targets_BMD = self.target(patches(seen_BK), seen_BK)[:, -masked_BM.shape[1] :]
         encoded_BTD = self.online(patches(visible_BV), visible_BV, keys_B)
         predictions_BMD = self.decoder(encoded_BTD, visible_BV, masked_BM)[:, 1:]
-        return self.compare(predictions_BMD, encoded_BTD[:, 1:], targets_BMD, similarity_target)
+        return self.compare(predictions_BMD, encoded_BTD[:, 1:], targets_BMD, masked_BM, similarity_target)
 
     def compare(
-        self, predictions_BMD: Tensor, visible_BVD: Tensor, targets_BMD: Tensor, similarity_target: Tensor | float
+        self,
+        predictions_BMD: Tensor,
+        visible_BVD: Tensor,
+        targets_BMD: Tensor,
+        masked_BM: Tensor,
+        similarity_target: Tensor | float,
     ) -> StepOutput:
-        """Return loss and similarities of predictions, visible tokens and targets, in fp32."""
+        """Return loss and similarities of predictions, visible tokens and targets at masked cells, in fp32."""
         objective = self.objective
         with torch.autocast(predictions_BMD.device.type, enabled=False):
             predictions_BMD, visible_BVD, targets_BMD = (x.float() for x in (predictions_BMD, visible_BVD, targets_BMD))
@@ -171,4 +189,5 @@ class LatentMIM(nn.Module):
                 excess = (of_predictions - similarity_target).square() + (of_visible - similarity_target).square()
                 loss = loss + objective.similarity_weight * excess
             of_targets = mean_similarity(targets_BMD)
-        return StepOutput(loss, of_predictions.detach(), of_visible.detach(), of_targets)
+            of_positions = position_similarity(targets_BMD, masked_BM, self.model.grid_size**2)
+        return StepOutput(loss, of_predictions.detach(), of_visible.detach(), of_targets, of_positions)

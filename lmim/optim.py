@@ -45,6 +45,33 @@ def build_adamw(groups: list[dict], config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=fused)
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def create_moments(optimizer: torch.optim.AdamW, tensors: Iterable[Tensor]) -> None:
+    """Give AdamW its state now, at zero, rather than in its first step, so that one can be read into it before."""
+    for tensor in tensors:
+        optimizer.state[tensor] = dict(
+            step=torch.zeros((), device=tensor.device), **{moment: torch.zeros_like(tensor) for moment in MOMENTS}
+        )
+
+
+def steps_taken(optimizer: torch.optim.AdamW) -> int:
+    """Return how many steps AdamW has taken; all of its tensors have taken the same."""
+    return int(next(iter(optimizer.state.values()))["step"])
+
+
+def set_steps_taken(optimizer: torch.optim.AdamW, steps: int) -> None:
+    """Set how many steps AdamW has taken."""
+    for state in optimizer.state.values():
+        state["step"].fill_(steps)
+
+
+def leave_out_unless_finite(optimizer: torch.optim.AdamW, norm: Tensor) -> None:
+    """Let fused AdamW's next step change nothing if the gradient's norm is not finite; nothing waits for the device."""
+    optimizer.found_inf = (~torch.isfinite(norm)).float()
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:

@@ -6,7 +6,6 @@ started again, on other ranks or workers, goes on as if it had never stopped.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -14,15 +13,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
-
-import torch
+from typing import Any
 
 from lmim import checkpoint, dist
 from lmim.config import (
     Config,
     ConfigError,
-    changed_options,
     crop_size,
     duration_steps,
     load_config,
@@ -31,6 +27,7 @@ from lmim.config import (
 )
 from lmim.data.loader import Batch, open_data, open_stream, train_batches
 from lmim.eval.knn import check_labels, online_accuracy
+from lmim.health import Health
 from lmim.metrics import (
     EVAL_FILE,
     LOG_FILE,
@@ -43,13 +40,15 @@ from lmim.metrics import (
     set_up_logging,
 )
 from lmim.objective import LatentMIM
-from lmim.parallel import Backend, TrainState, build_backend
+from lmim.parallel import Backend, build_backend
+from lmim.resume import CONFIG_FILE, check_run_folder, lock_run_folder, resume, tell_changes
 from lmim.schedules import Schedules
+from lmim.stop import StopRequest
 
 logger = logging.getLogger(__name__)
 DONE, STOPPED = 0, 75  # exit codes; 75 asks a scheduler to start the run again (EX_TEMPFAIL of sysexits.h)
 UNREADABLE_JUDGED_AFTER = 1000  # images; a share of fewer says little
-CONFIG_FILE, DONE_FILE, LOCK_FILE = "config.yaml", "done.json", ".lock"
+DONE_FILE, STOP_FILE, STACKS_FOLDER = "done.json", "stop", "stacks"
 
 
 class TrainingError(RuntimeError):
@@ -78,6 +77,7 @@ class Plan:
         self.log_every = max(self.steps(config.log.every, "log.every"), 1)
         # 0st: only at the end, or when the run is stopped
         self.checkpoint_every = self.steps(config.checkpoint.every, "checkpoint.every") or self.total_steps
+        self.keep_every = self.steps(config.checkpoint.keep_every, "checkpoint.keep_every")
         self.knn_every = self.steps(config.eval.knn_every, "eval.knn_every")
 
     def steps(self, duration: str, key: str) -> int:
@@ -121,37 +121,13 @@ class Run:
         self.backend.prepare(lambda: LatentMIM(self.config.model, self.config.objective))
         return self.backend
 
-    def resume(self) -> int:
-        """Load the newest checkpoint of the run folder, if there is one, and return the step to go on from."""
-        path = checkpoint.newest(self.folder)
-        if path is None:
-            return 0
-        position = checkpoint.position_of(path)
-        refuse_changes(checkpoint.config_of(path), self.config, str(path))
-        if position.data_fingerprint != self.train_index.fingerprint:
-            raise ConfigError(
-                f"data.train ({self.config.data.train}) is not the data this run was trained on (its shards' checksums "
-                f"differ from {path}'s): give that data, or another run.folder"
-            )
-        if position.samples != position.step * self.config.data.global_batch:
-            raise ConfigError(f"{path} stands at sample {position.samples}, which is not the end of its step "
-                              f"{position.step}: delete it to go on from an older one")  # fmt: skip
-        if self.config.objective.similarity_weight and position.micro_batch != self.split.micro_batch:
-            logger.warning(
-                "micro batch is %d, not %d as before: the similarity penalty averages over a micro-batch, so losses "
-                "may differ slightly from an unbroken run's",
-                self.split.micro_batch,
-                position.micro_batch,
-            )
-        weights = checkpoint.load_weights(path)
-        with torch.device("meta"):
-            checkpoint.check_same_model(weights, LatentMIM(self.config.model, self.config.objective), path)
-        self.backend.load_state(TrainState(weights, checkpoint.load_optimizer(path)))
-        logger.info("going on from %s, step %d of %d", path, position.step, self.plan.total_steps)
-        return position.step
-
     def open_sinks(self, start: int) -> None:
         self.start, self.cursor = start, start * self.config.data.global_batch
+        self.skipped_steps = 0  # in a row
+        masked = self.config.model.grid_size**2 - self.config.objective.num_visible
+        self.health = Health(self.config.health, self.config.objective, masked, self.plan.schedules.warmup_steps,
+                             self.plan.steps(self.config.health.patience, "health.patience"))  # fmt: skip
+        self.saver = checkpoint.Saver(self.folder, self.config, self.topology, self.plan.keep_every)
         self.meters = Meters(self.topology, self.config.data.global_batch)
         self.unreadable = UnreadableLog(self.folder, self.topology.rank)
         self.sinks: list[Any] = []
@@ -173,12 +149,35 @@ class Run:
                 self.wandb.write(row)
         if rows and self.topology.is_main:
             self.progress.update(rows[-1])
-        bad = [row["step"] for row in rows if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]))]
-        if bad:
-            newest = checkpoint.newest(self.folder) or "none: it came before the first"
-            raise TrainingError(f"loss or gradient is not finite at step {bad[0]}; the last checkpoint is {newest}")
+        for row in rows:
+            self._check_finite(row)
+            self._check_health(row)
         if rows:
             self._check_unreadable(rows[-1]["step"] + 1 - self.start, rows[-1]["skipped_images"])
+
+    def _check_finite(self, row: dict[str, Any]) -> None:
+        """Tell a step that was left out, and stop after too many in a row."""
+        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+            self.skipped_steps = 0
+            return
+        self.skipped_steps += 1
+        logger.warning("step %d is left out: its loss (%g) or gradient (norm %g) is not finite", row["step"],
+                       row["loss"], row["grad_norm"])  # fmt: skip
+        if self.skipped_steps >= self.config.optim.max_skipped_steps:
+            raise TrainingError(
+                f"loss or gradient was not finite in {self.skipped_steps} steps in a row, up to step {row['step']} "
+                f"(optim.max_skipped_steps); checkpoints from before: {self._checkpoints()}"
+            )
+
+    def _check_health(self, row: dict[str, Any]) -> None:
+        for alarm in self.health.judge(row):
+            logger.warning("%s", alarm.words)
+            if getattr(self.config.health, alarm.option.removeprefix("health.")) == "stop":
+                raise TrainingError(f"{alarm.words}; {alarm.option} is stop; checkpoints: {self._checkpoints()}")
+
+    def _checkpoints(self) -> str:
+        found = [path.name for path in checkpoint.complete(self.folder)]
+        return f"{', '.join(found)} in {self.folder / 'checkpoints'}" if found else "none yet"
 
     def _check_unreadable(self, steps: int, skipped: int) -> None:
         """Stop, on all ranks at once, where too many of the images since the start could not be read."""
@@ -191,12 +190,17 @@ class Run:
                 "(python tools/verify_shards.py), or allow more"
             )
 
-    def evaluate(self, done: int) -> None:
-        """Measure leave-one-out accuracy after `done` steps; the row carries the last finished step, −1 before any."""
+    def evaluate(self, done: int, stop: StopRequest) -> bool:
+        """Measure leave-one-out accuracy after `done` steps, and tell whether it was: a stop leaves it out.
+
+        The row carries the last finished step, −1 before any.
+        """
         if self.eval_index is None or not self.plan.knn_every:
-            return
+            return True
         with self.backend.infer("online") as encoder:
-            accuracy = online_accuracy(encoder, self.eval_index, self.config, self.topology)
+            accuracy = online_accuracy(encoder, self.eval_index, self.config, self.topology, stop.agreed)
+        if accuracy is None:
+            return False
         if self.topology.is_main:
             row = dict(
                 step=done - 1, epoch=round(done / self.plan.steps_per_epoch, 4), knn_leave_one_out=round(accuracy, 5)
@@ -205,6 +209,7 @@ class Run:
             if self.wandb and done:
                 self.wandb.write(row)
             logger.info("step %d  leave-one-out nearest neighbour %.1f %%", done, 100 * accuracy)
+        return True
 
     def evaluated(self, done: int) -> bool:
         """Tell whether the accuracy after `done` steps is on record: a stop at that step leaves it out."""
@@ -212,14 +217,9 @@ class Run:
         return dist.gather_objects(any(row["step"] == done - 1 for row in rows))[0]
 
     def save(self, done: int) -> None:
-        state = self.backend.state()
-        if self.topology.is_main:
-            position = checkpoint.Position(done, self.cursor, self.train_index.fingerprint, self.split.micro_batch)
-            path = checkpoint.save(
-                self.folder, position, self.config, state.weights, state.optimizer, self.config.checkpoint.keep
-            )
-            logger.info("saved %s", path)
-        dist.barrier()
+        position = checkpoint.Position(done, self.cursor, self.backend.optimizer_steps(), self.train_index.fingerprint,
+                                       self.split.micro_batch)  # fmt: skip
+        self.saver.save(position, self.backend.pieces())
 
     def mark_done(self) -> None:
         """Leave the mark of a complete run: a launcher may lose the exit code."""
@@ -248,16 +248,18 @@ def train(config: Config | str | Path) -> int:
     if topology.is_main:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_run_folder(run.folder)  # held until this process ends
         except OSError as error:
-            raise ConfigError(f"run.folder ({run.folder}) cannot be made: {error.strerror}") from error
-        lock = lock_run_folder(run.folder)  # held until this process ends
+            raise ConfigError(f"run.folder ({run.folder}) cannot be written: {error.strerror}") from error
     set_up_logging(run.folder, topology.is_main)
-    dist.init(topology, config.parallel.timeout_minutes)
-    stop = dist.StopRequest()
+    tell_changes(config)
+    dist.init(topology, config.parallel.timeout_minutes, run.folder / STACKS_FOLDER)
+    stop = StopRequest(run.folder / STOP_FILE if topology.is_main else None, 60 * config.run.time_limit_minutes)
     try:
         run.open_data()
         backend = run.build()
-        code = _steps(run, backend, run.resume(), stop)
+        start = resume(config, backend, run.split, run.train_index.fingerprint)
+        code = _steps(run, backend, start, stop)
         backend.close()
         return code
     except BaseException as error:
@@ -271,7 +273,7 @@ def train(config: Config | str | Path) -> int:
             lock.close()
 
 
-def _steps(run: Run, backend: Backend, start: int, stop: dist.StopRequest) -> int:
+def _steps(run: Run, backend: Backend, start: int, stop: StopRequest) -> int:
     """The loop."""
     config, plan, split = run.config, run.plan, run.split
     batches = train_batches(
@@ -280,10 +282,12 @@ def _steps(run: Run, backend: Backend, start: int, stop: dist.StopRequest) -> in
     )  # fmt: skip
     run.open_sinks(start)
     try:
-        if start == 0 or (plan.due(start, plan.knn_every) and not run.evaluated(start)):
-            run.evaluate(start)
+        evaluated = start > 0 and (not plan.due(start, plan.knn_every) or run.evaluated(start))
+        stopping = not evaluated and not run.evaluate(start, stop)
         run.meters.restart_clock()
         for step in range(start, plan.total_steps):
+            if stopping:
+                break
             hyper = plan.schedules.at(step)
             backend.begin_step(hyper)
             outputs = []
@@ -300,18 +304,17 @@ def _steps(run: Run, backend: Backend, start: int, stop: dist.StopRequest) -> in
             if pause or plan.due(done, plan.log_every):
                 run.flush()
             if plan.due(done, plan.knn_every) and not stopping:
-                run.evaluate(done)
+                stopping = not run.evaluate(done, stop)
             if stopping or plan.due(done, plan.checkpoint_every):
                 run.save(done)
-            if stopping:
-                logger.info(
-                    "stopped by %s after step %d; the same command goes on from there",
-                    stop.signal_name or "another rank",
-                    done,
-                )
-                return STOPPED
             if pause:
                 run.meters.restart_clock()
+        run.saver.close()
+        if stopping:
+            reasons = stop.reasons()
+            logger.info("stopped by %s after step %d; the same command goes on from there", reasons,
+                        run.cursor // config.data.global_batch)  # fmt: skip
+            return STOPPED
         run.mark_done()
         return DONE
     finally:
@@ -328,38 +331,3 @@ def next_batch(batches: Iterator[Batch], run: Run, step: int) -> Batch:
     for skip in batch.skipped:
         run.unreadable.write(step, *skip)
     return batch
-
-
-def check_run_folder(config: Config) -> None:
-    """Refuse a run folder that cannot be one, or that was made with another configuration."""
-    folder = Path(config.run.folder)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run.folder ({folder}) is a file: give a folder")
-    if (folder / CONFIG_FILE).is_file():
-        refuse_changes(load_config(folder / CONFIG_FILE), config, f"run.folder ({folder})")
-
-
-def lock_run_folder(folder: Path) -> TextIO:
-    """Take the run folder for this process, or refuse it: two runs would overwrite each other's files."""
-    lock = (folder / LOCK_FILE).open("w")
-    try:
-        # a POSIX lock ends with this process; flock would live on in loader workers that outlast a killed run
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        lock.close()
-        raise ConfigError(
-            f"run.folder ({folder}) is in use by a run that is going on: stop that, or take another"
-        ) from error
-    except OSError:  # a file system without locks
-        logger.warning("%s cannot be locked: see to it that no other run uses it", folder)
-    return lock
-
-
-def refuse_changes(old: Config, new: Config, made: str) -> None:
-    """Refuse a change of anything that affects the result."""
-    changed = changed_options(old, new)
-    if changed:
-        raise ConfigError(
-            f"{made} was made with another configuration: {'; '.join(changed)}; "
-            "take another run.folder, or those values"
-        )

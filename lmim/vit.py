@@ -29,15 +29,22 @@ CLASS_TOKEN_STD = 0.02
 ELEMENT = purpose("element")  # of dropout's draws
 
 
-def sincos_positions(dim: int, grid_size: int) -> Tensor:
-    """Return the fixed position table (1, 1 + G², dim) in fp32: a zero row for the class token, then cell by cell.
+def sincos_positions(dim: int, grid_size: int, cut_into: tuple[int, int] | None = None) -> Tensor:
+    """Return the fixed position table (1, 1 + N, dim) in fp32: a zero row for the class token, then cell by cell.
 
     For cell (row r, column c) and ω_k = 10000^(−k/(dim/4)) the row is [sin xω, cos xω, sin yω, cos yω] with
     x = c·G/(G−1), y = r·G/(G−1). The released code spaces cells by G/(G−1), not by 1; kept for its checkpoints' sake.
+    Where the same image is cut into another number of (rows, columns), r and c are the fractional cells of the G x G
+    grid that the new cells' centres fall on.
     """
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    steps = torch.arange(grid_size, dtype=torch.float64) * (grid_size / max(grid_size - 1, 1))
-    y, x = torch.meshgrid(steps, steps, indexing="ij")
+    rows, columns = cut_into or (grid_size, grid_size)
+    along_y, along_x = (
+        ((torch.arange(cells, dtype=torch.float64) + 0.5) * (grid_size / cells) - 0.5)
+        * (grid_size / max(grid_size - 1, 1))
+        for cells in (rows, columns)
+    )
+    y, x = torch.meshgrid(along_y, along_x, indexing="ij")
     parts = [wave(along.flatten()[:, None] * omega) for along in (x, y) for wave in (torch.sin, torch.cos)]
     cells = torch.cat(parts, dim=1).float()
     return torch.cat([torch.zeros(1, dim), cells])[None]
@@ -85,12 +92,21 @@ class BranchNoise(nn.Module):
 class Block(nn.Module):
     """Pre-LN block: x += Attn(LN(x)); x += MLP(LN(x)), with timm's attention (fused) and MLP."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, dropout: float, name: str):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        drop_path: float,
+        dropout: float,
+        name: str,
+        norm_eps: float = NORM_EPS,
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads=num_heads, qkv_bias=True)
         self.noise1 = BranchNoise(drop_path, dropout, f"{name} attn")
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.noise2 = BranchNoise(drop_path, dropout, f"{name} mlp")
 
@@ -139,6 +155,17 @@ class Projector(nn.Module):
         return x
 
 
+def resized_positions(table_1ND: Tensor, grid_size: int, cut_into: tuple[int, int]) -> Tensor:
+    """Return the position table (1, 1 + N, D) for images cut into (rows, columns) instead of G x G cells.
+
+    The fixed table is computed anew where the new cells lie; one that was learned is resampled bicubically, by timm.
+    """
+    dim = table_1ND.shape[-1]
+    if dim % 4 == 0 and torch.allclose(table_1ND.cpu().float(), sincos_positions(dim, grid_size), atol=1e-5):
+        return sincos_positions(dim, grid_size, cut_into).to(table_1ND)
+    return resample_abs_pos_embed(table_1ND, list(cut_into), num_prefix_tokens=1)
+
+
 def _register_positions(module: nn.Module, dim: int, grid_size: int, learnable: bool) -> None:
     """Give a module its `pos_embed` (1, 1 + N, dim): a parameter if learnable, else a buffer that is saved."""
     table = torch.empty(1, 1 + grid_size**2, dim)
@@ -168,18 +195,20 @@ class VisionTransformer(nn.Module):
         learnable_positions: bool = False,
         drop_path: float = 0.0,
         dropout: float = 0.0,
+        norm_eps: float = NORM_EPS,
     ):
         super().__init__()
-        self.grid_size, self.patch_size, self.embed_dim = grid_size, patch_size, embed_dim
+        self.grid_size, self.patch_size, self.embed_dim, self.mlp_ratio = grid_size, patch_size, embed_dim, mlp_ratio
         self.recompute = False
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         _register_positions(self, embed_dim, grid_size, learnable_positions)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()  # grows with depth, as in DeiT and MAE
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, rate, dropout, f"encoder {i}") for i, rate in enumerate(rates)
+            Block(embed_dim, num_heads, mlp_ratio, rate, dropout, f"encoder {i}", norm_eps)
+            for i, rate in enumerate(rates)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.projector = Projector(embed_dim, projector_dim, projector_depth)
 
     def embed(self, patches_BKC: Tensor, cells_BK: Tensor) -> Tensor:
@@ -200,7 +229,7 @@ class VisionTransformer(nn.Module):
         """Return the tokens (B, 1 + N, D) after the chosen blocks (as in timm: the last n, or their numbers).
 
         `images_BCHW` is normalised and has sides that are multiples of the patch side; a grid other than the training
-        grid gets bicubically resampled positions (timm's `resample_abs_pos_embed`). The projector is left out.
+        grid gets `resized_positions`. The projector is left out.
         """
         depth = len(self.blocks)
         if indices is None:
@@ -213,9 +242,9 @@ class VisionTransformer(nn.Module):
         rows, cols = images_BCHW.shape[2] // self.patch_size, images_BCHW.shape[3] // self.patch_size
         positions = self.pos_embed
         if (rows, cols) != (self.grid_size, self.grid_size):
-            positions = resample_abs_pos_embed(positions, [rows, cols], num_prefix_tokens=1)
+            positions = resized_positions(positions, self.grid_size, (rows, cols))
         x_BND = self.patch_embed(tile_patches(images_BCHW, self.patch_size)) + positions[:, 1:]
-        x_BTD = torch.cat([(self.cls_token + positions[:, :1]).expand(len(x_BND), -1, -1), x_BND], dim=1)
+        x_BTD = torch.cat([(self.cls_token + positions[:, :1]).expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         outputs = {}
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD)

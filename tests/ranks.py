@@ -10,6 +10,7 @@ import gc
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmim import dist
+from lmim.checkpoint import Position, Saver, load_optimizer, load_pieces, load_weights, newest, position_of
 from lmim.config import Config, load_config, validate
 from lmim.objective import LatentMIM
 from lmim.parallel import Backend, build_backend
@@ -98,6 +100,18 @@ class Driver:
     def step(self, step: int) -> tuple[float, float]:
         return self.backward(step), float(self.backend.finish_step())
 
+    def save(self) -> Path:
+        """Write a checkpoint into a folder that all ranks get to know."""
+        folder = Path(dist.gather_objects(tempfile.mkdtemp() if self.topology.is_main else "")[0])
+        saver = Saver(folder, self.config, self.topology)
+        saver.save(Position(1, 0, self.backend.optimizer_steps(), "", 0), self.backend.pieces())
+        saver.close()
+        return newest(folder)
+
+    def load(self, saved: Path) -> None:
+        load_pieces(saved, self.backend.pieces())
+        self.backend.loaded(position_of(saved).optimizer_steps)
+
     def groups(self) -> list[dict[str, Any]]:
         """Return AdamW's groups without their tensors."""
         optimizer = getattr(self.backend, "adamw", None) or self.backend.optimizer
@@ -114,21 +128,19 @@ def train(settings: list[str], topology: dist.Topology, steps: int = 20, resume:
     groups, taken = [driver.groups()], []
     for step in range(steps):
         if resume and step == steps // 2:
-            shared = [driver.backend.state()]
-            if topology.world_size > 1:
-                torch.distributed.broadcast_object_list(shared)
+            saved = driver.save()
             driver.backend.close()
             driver = Driver(settings, topology, steps)
-            driver.backend.load_state(shared[0])
+            driver.load(saved)
             groups.append(driver.groups())
         taken.append(driver.step(step))
     with driver.backend.infer("target") as encoder:
         features = encoder.forward_features(torch.linspace(-1, 1, 3 * 28 * 28).view(1, 3, 28, 28)).clone()
-    state = driver.backend.state()
+    saved = driver.save()
     driver.backend.close()
     losses, norms = zip(*taken, strict=True)
-    return dict(losses=losses, norms=norms, groups=groups, features=features, weights=state.weights,
-                optimizer=state.optimizer)  # fmt: skip
+    weights, optimizer = load_weights(saved), load_optimizer(saved)
+    return dict(losses=losses, norms=norms, groups=groups, features=features, weights=weights, optimizer=optimizer)
 
 
 def freshness(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
@@ -156,6 +168,47 @@ def freshness(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
         differences.append((seen["online"] - seen["target"]).abs().max().item())
     driver.backend.close()
     return dict(before=differences[0], after=differences[1])
+
+
+class NotANumber(torch.autograd.Function):
+    """Leaves the loss as it is and makes its gradient NaN."""
+
+    @staticmethod
+    def forward(context, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * torch.nan
+
+
+def not_a_number(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
+    """Take six steps; in the third the gradient of the last rank's first micro-batch is NaN, and its loss is not."""
+    driver = Driver(settings, topology, steps=6)
+    model, plain, poisoned = driver.backend.model, driver.backend.model.forward, []
+
+    def forward(*inputs):
+        out = plain(*inputs)
+        if poisoned and topology.rank == topology.world_size - 1:
+            poisoned.clear()
+            return out._replace(loss=NotANumber.apply(out.loss))
+        return out
+
+    model.forward = forward
+    taken, steps = [], []
+    for step in range(6):
+        if step == 2:
+            before = load_weights(driver.save())
+            poisoned.append(step)
+        taken.append(driver.step(step))
+        steps.append(driver.backend.optimizer_steps())
+        if step == 2:
+            after = load_weights(driver.save())
+    changed = [name for name in before if not name.startswith("target") and not torch.equal(before[name], after[name])]
+    weights = load_weights(driver.save())
+    driver.backend.close()
+    losses, norms = zip(*taken, strict=True)
+    return dict(losses=losses, norms=norms, optimizer_steps=steps, changed=changed, weights=weights)
 
 
 class Collectives(TorchDispatchMode):
@@ -227,7 +280,7 @@ def _memory(field: str) -> int:
     return int(status[field].split()[0]) * 1024
 
 
-JOBS = {job.__name__: job for job in (train, freshness, communication, build)}
+JOBS = {job.__name__: job for job in (train, freshness, not_a_number, communication, build)}
 
 
 def main(jobs: Path, folder: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from lmim import LatentMIM, checkpoint, load_encoder
-from lmim.config import Config, ConfigError, ModelConfig
+from lmim import LatentMIM, checkpoint, load_encoder, store
+from lmim.config import CheckpointConfig, Config, ConfigError, ModelConfig
+from lmim.dist import Topology
+from lmim.optim import MOMENTS
 
 MODEL = ModelConfig(variant="tiny", embed_dim=32, depth=2, num_heads=4, patch_size=4, grid_size=4, projector_dim=16,
                     decoder_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
@@ -24,48 +28,98 @@ def model() -> LatentMIM:
     return latent_mim
 
 
-def save(folder, model, step, keep=2):
-    config = dataclasses.replace(Config(), model=MODEL)
-    moments = {"exp_avg/a": torch.full((3,), float(step))}
-    return checkpoint.save(
-        folder, checkpoint.Position(step, 16 * step, "data", 8), config, model.state_dict(), moments, keep
+ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
+
+
+def save(folder, model, step, keep=2, asynchronous=False, keep_every=0):
+    """Commit a checkpoint whose moments hold the step's number."""
+    config = dataclasses.replace(
+        Config(), model=MODEL, checkpoint=CheckpointConfig(keep=keep, asynchronous=asynchronous)
     )
+    saver = checkpoint.Saver(folder, config, ALONE, keep_every)
+    pieces = [store.whole(name, tensor) for name, tensor in model.state_dict().items()]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            pieces += [store.whole(f"{m}/{name}", torch.full_like(parameter, float(step))) for m in MOMENTS]
+    saver.save(checkpoint.Position(step, 16 * step, step - 1, "data", 8), pieces)
+    saver.close()
+    return folder / "checkpoints" / f"step-{step:08d}"
 
 
 def test_round_trip_and_retention(tmp_path, model):
-    for step in (5, 10, 15):
-        path = save(tmp_path, model, step)
-    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-00000010", "step-00000015"]
-    assert checkpoint.newest(tmp_path) == path
+    for step in (5, 10, 15, 20):
+        path = save(tmp_path, model, step, keep_every=10, asynchronous=step == 20)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-00000010", "step-00000015", "step-00000020"]
+    assert checkpoint.newest(tmp_path) == path and checkpoint.damage(path) is None
     weights, optimizer = checkpoint.load_weights(path), checkpoint.load_optimizer(path)
-    assert checkpoint.position_of(path) == checkpoint.Position(15, 240, "data", 8)
+    assert checkpoint.position_of(path) == checkpoint.Position(20, 320, 19, "data", 8)
     assert checkpoint.config_of(path).model == MODEL
-    assert optimizer["exp_avg/a"].tolist() == [15.0] * 3
+    assert optimizer["exp_avg/online.cls_token"].unique().tolist() == [20.0]
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    checkpoint.check_same_model(path, model)
 
 
-def test_an_interrupted_save_is_never_chosen(tmp_path, model, monkeypatch):
+def test_one_process_leaves_files_that_anything_opens(tmp_path, model):
+    tensors = load_file(save(tmp_path, model, 5) / "weights-00000.safetensors")
+    assert tensors.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_interrupted_save_is_never_chosen_and_does_not_stop_the_run(
+    tmp_path, model, monkeypatch, caplog, asynchronous
+):
     save(tmp_path, model, 5)
 
-    def full_disk(*arguments):
+    def full_disk(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    for interrupted in ("save_file", "_sync"):
+    for module, interrupted in ((store, "save_file"), (store, "sync"), (checkpoint.os, "rename")):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, interrupted, full_disk)
-            with pytest.raises(OSError, match="No space"):
-                save(tmp_path, model, 10)
+            patch.setattr(module, interrupted, full_disk)
+            caplog.clear()
+            with pytest.raises(checkpoint.SaveError, match=r"No space left on device.*step-00000005"):
+                save(tmp_path, model, 10, asynchronous=asynchronous)
+            assert "could not be written (rank 0: [Errno 28] No space left" in caplog.text
         assert checkpoint.newest(tmp_path).name == "step-00000005"
-    assert save(tmp_path, model, 10).name == "step-00000010"
+        assert checkpoint.damage(checkpoint.newest(tmp_path)) is None
+    assert save(tmp_path, model, 10).is_dir()
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_damage_is_named(tmp_path, model):
+@pytest.mark.parametrize("name", ["optimizer-00000.safetensors", "weights-00000.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", ["cut short", "a bit flipped", "gone"])
+def test_damage_is_named(tmp_path, model, name, harm):
     path = save(tmp_path, model, 5)
-    (path / "optimizer.safetensors").write_bytes(b"short")
-    with pytest.raises(ConfigError, match=r"optimizer\.safetensors is missing or damaged"):
-        checkpoint.load_optimizer(path)
+    content = (path / name).read_bytes()
+    if harm == "gone":
+        (path / name).unlink()
+    elif harm == "cut short":
+        (path / name).write_bytes(content[:-100])
+    else:
+        at = len(content) // 2 if name != "state.json" else content.index(b'"format"')
+        (path / name).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    assert str(path / name) in checkpoint.damage(path)
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.load_weights(path)
+    assert str(path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path, model):
+    path = save(tmp_path, model, 5)
+    state = json.loads((path / "state.json").read_text())
+    for change, words in (
+        (lambda tensors: tensors.pop("online.cls_token"), "online.cls_token is absent there"),
+        (lambda tensors: tensors.update(extra=[3]), "extra is (3,) there and absent"),
+        (lambda tensors: tensors.update({"online.cls_token": [1, 1, 31]}), "online.cls_token is (1, 1, 31) there"),
+    ):
+        changed = json.loads(json.dumps(state))
+        change(changed["tensors"])
+        (path / "state.json").write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match="another model") as caught:
+            checkpoint.check_same_model(path, model)
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("which", ["online", "target"])
@@ -77,5 +131,6 @@ def test_load_encoder(tmp_path, model, which):
         encoder = load_encoder(source, which)
         assert not encoder.training
         torch.testing.assert_close(encoder.forward_features(images), expected)
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigError, match="no complete checkpoint"):
-        load_encoder(tmp_path / "nothing")
+        load_encoder(tmp_path / "empty")

@@ -37,7 +37,8 @@ def run_folder(shards, tmp_path_factory):
 def test_what_a_run_leaves(run_folder):
     rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(6))
-    wanted = {"step", "epoch", "loss", "similarity_predictions", "similarity_visible", "similarity_targets", "lr",
+    wanted = {"step", "epoch", "loss", "similarity_predictions", "similarity_visible", "similarity_targets",
+              "similarity_positions", "lr",
               "momentum", "similarity_target", "grad_norm", "images_per_second", "data_wait", "memory_gib",
               "skipped_images"}  # fmt: skip
     assert set(rows[0]) == wanted
@@ -103,7 +104,7 @@ def test_a_copied_run_is_evaluated_where_it_is(run_folder, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     (copy / "knn.json").unlink(missing_ok=True)
-    weights = next((copy / "checkpoints").glob("step-*/weights.safetensors"))
+    weights = next((copy / "checkpoints").glob("step-*/weights-00000.safetensors"))
     weights.write_bytes(b"cut")
     assert main(["eval", "knn", str(copy)]) == 2
     assert str(weights) in capsys.readouterr().err
@@ -127,7 +128,7 @@ def test_unlabelled_training_images_leave_out_the_gallery(run_folder, shards, tm
 def test_two_runs_cannot_share_a_folder(run_folder, shards, capsys):
     hold = f"""
 import pathlib, sys
-from lmim.train import lock_run_folder
+from lmim.resume import lock_run_folder
 lock = lock_run_folder(pathlib.Path({str(run_folder)!r}))
 print("held", flush=True)
 sys.stdin.read()

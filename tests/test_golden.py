@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmim import LatentMIM, VisionTransformer, checkpoint, load_encoder
+from lmim import LatentMIM, VisionTransformer, formats, load_encoder
 from lmim.config import Config, ConfigError
 from lmim.convert import from_authors, to_authors
 
@@ -243,7 +243,8 @@ def test_heads_of_an_authors_checkpoint_are_the_variants(dim, heads):
     with torch.device("meta"):
         encoder = VisionTransformer(grid_size=14, patch_size=14, embed_dim=dim, depth=1, num_heads=heads)
     weights = {f"online.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    assert checkpoint._sizes_of(weights, Path("x.pth"), None)["num_heads"] == heads
+    sizes = formats.sizes_of(weights, Path("x.pth")) | {"num_heads": None}
+    assert formats.heads_of(formats.Weights(Path("x.pth"), "", weights, sizes)) == heads
 
 
 def test_heads_that_cannot_be_known_are_not_guessed():

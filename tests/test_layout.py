@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent
 # Every module of the package and its floor; an import must lead to a lower one. "" is lmim/__init__.py.
 LEVELS = {
     "config": 0, "randomness": 0, "version": 0, "data": 0, "eval": 0,
-    "patches": 1, "schedules": 1, "optim": 1, "heartbeat": 0.5, "dist": 1,
-    "vit": 1.5,
+    "patches": 1, "schedules": 1, "optim": 1, "heartbeat": 0.5, "dist": 1, "stop": 1.2,
+    "vit": 1.5, "store": 1.5,
     "objective": 2, "convert": 2, "data.transforms": 2,
-    "metrics": 2.2, "checkpoint": 2.2, "data.sources": 2.2, "data.plan": 2.2, "data.nvjpeg": 2.2,
-    "profiling": 2.2, "forecast": 2.3,
+    "metrics": 2.2, "checkpoint": 2.2, "health": 2.2, "data.sources": 2.2, "data.plan": 2.2, "data.nvjpeg": 2.2,
+    "profiling": 2.2, "forecast": 2.3, "pickles": 1, "formats": 2.3, "export": 2.4,
     "data.memory": 2.2, "data.progress": 2.2, "data.storage": 2.25, "data.cache": 2.3, "data.pool": 2.3,
     "data.shards": 2.4,
     "data.archives": 2.5, "data.parquet": 2.5, "data.unfinished": 2.5,
@@ -29,13 +29,25 @@ LEVELS = {
     "eval.features": 4, "eval.clusters": 4,
     "eval.knn": 4.3,
     "eval.report": 4.6,
+    "resume": 4.8,
     "train": 5,
     "": 5.5,
     "__main__": 6,
 }  # fmt: skip
 # The choice of a backend opens the chosen one only, inside a function: the one way up.
 DEFERRED = {("parallel", f"parallel.{name}") for name in ("local", "fsdp", "deepspeed")}
-OPTIONAL = ("deepspeed", "wandb", "tensorboard", "matplotlib", "sklearn", "scipy", "pyarrow")
+OPTIONAL = (
+    "deepspeed",
+    "wandb",
+    "tensorboard",
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "pyarrow",
+    "transformers",
+    "onnxruntime",
+    "onnxscript",
+)
 TOP_LEVEL = {"lmim", "configs", "launch", "tools", "tests", "docker", "README.md", "setup.cfg", "LICENSE",
              "pyproject.toml", ".ci", ".gitignore", ".dockerignore"}  # fmt: skip
 
@@ -143,7 +155,7 @@ def test_the_checker_lets_downward_and_foreign_imports_pass():
 def test_distribution_and_environment_are_touched_in_their_places_only():
     sources = package_sources()
     distributed = users_of(sources, "torch.distributed")
-    assert {m for m in distributed if m.split(".")[0] != "parallel"} <= {"dist", "checkpoint"}
+    assert {m for m in distributed if m.split(".")[0] != "parallel"} <= {"dist", "store", "pickles"}
     assert "dist" in distributed  # else the search finds nothing at all
     environment = users_of(sources, "os.environ") | users_of(sources, "os.getenv") | users_of(sources, "os.putenv")
     assert environment <= {"dist", "profiling", "__main__"}

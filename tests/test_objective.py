@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lmim.config import ModelConfig, ObjectiveConfig
-from lmim.objective import LOSSES, LatentMIM, chance_level, mean_similarity
+from lmim.objective import LOSSES, LatentMIM, chance_level, mean_similarity, position_similarity
 from lmim.vit import sincos_positions
 
 torch.set_num_threads(1)
@@ -228,12 +229,27 @@ def test_splitting_a_batch_changes_neither_loss_nor_gradient(options):
 def test_the_loss_is_computed_in_fp32_under_bf16_autocast(loss):
     model, outputs = latent_mim(loss=loss, similarity_weight=0.1), {}
     for part in ("online", "target", "decoder"):
-        model.get_submodule(part).register_forward_hook(lambda m, i, out, part=part: outputs.update({part: out}))
+        model.get_submodule(part).register_forward_hook(
+            lambda m, inputs, out, part=part: outputs.update({part: out, f"{part} reads": inputs})
+        )
     with torch.autocast("cpu", torch.bfloat16):
         out = model(crops(4), torch.arange(4), 0.5)
     assert outputs["decoder"].dtype == torch.bfloat16
     masked = outputs["decoder"].shape[1] - 1
     parts = outputs["decoder"][:, 1:], outputs["online"][:, 1:], outputs["target"][:, -masked:]
-    in_fp32 = model.compare(*(x.float() for x in parts), 0.5)
+    in_fp32 = model.compare(*(x.float() for x in parts), outputs["decoder reads"][2], 0.5)
     assert all(value.dtype == torch.float32 for value in out)
     assert [a.item() for a in out] == [b.item() for b in in_fp32]
+
+
+def test_position_similarity_is_the_mean_cosine_of_pairs_of_images_at_a_cell():
+    generator = torch.Generator().manual_seed(1)
+    tokens, cells = torch.randn(5, 4, 6, generator=generator), torch.stack([torch.randperm(7)[:4] for _ in range(5)])
+    pairs = [F.cosine_similarity(tokens[a, i], tokens[b, j], dim=0)
+             for a in range(5) for b in range(5) if a != b
+             for i in range(4) for j in range(4) if cells[a, i] == cells[b, j]]  # fmt: skip
+    found = position_similarity(tokens, cells, 7)
+    torch.testing.assert_close(found, torch.stack(pairs).mean(), atol=1e-6, rtol=1e-5)
+    by_position = torch.randn(7, 6, generator=generator)[cells]
+    assert position_similarity(by_position, cells, 7).item() == pytest.approx(1, abs=1e-5)
+    assert position_similarity(tokens[:1], cells[:1], 7) == 0

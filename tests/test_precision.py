@@ -36,6 +36,7 @@ def hundred_losses(shards, precision: str) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_bf16_losses_stay_within_two_percent_of_fp32(shards):
     torch.set_num_threads(2)
     bf16, fp32 = hundred_losses(shards, "bf16"), hundred_losses(shards, "fp32")

@@ -72,7 +72,12 @@ FLOP_CASES = [
 def test_flops_are_those_that_torch_counts(name, overrides):
     config = recipe(name, *overrides)
     model = on_meta(config)
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+    # by plain products: before torch 2.15 the counter does not know the CPU's flash attention
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         run_forward(model.to_empty(device="cpu"), config, images=1).backward()
     counted = {part: sum(counter.get_flop_counts()[f"LatentMIM.{part}"].values()) for part in ("online", "decoder")}
     told = flops_per_image(config)
@@ -192,8 +197,9 @@ SETTINGS = [
 ]
 
 
-def compare(config: Config, found: dict[str, dict[str, int]], world_size: int) -> None:
+def assert_told(config: Config, found: dict[str, dict[str, int]], world_size: int) -> None:
     told = state_bytes(config, world_size)._asdict()
+    assert {"weights", "gradients", "optimizer"} <= found["held"].keys()
     for kind, held in found["held"].items():
         assert told[kind] == pytest.approx(held, rel=0.1), kind
     sent = {c.name: c.payload_bytes for c in collectives(config, validate(config, world_size))}
@@ -205,7 +211,7 @@ def compare(config: Config, found: dict[str, dict[str, int]], world_size: int) -
 @pytest.mark.parametrize("model", MODELS)
 def test_local_holds_what_is_told(model):
     config = recipe("quickstart", "parallel.backend=local", "data.global_batch=4", *model.split())
-    compare(config, measure(config, dist.Topology(0, 1, 0, 1, torch.device("cpu"), "none")), 1)
+    assert_told(config, measure(config, dist.Topology(0, 1, 0, 1, torch.device("cpu"), "none")), 1)
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +232,12 @@ def of_two_ranks() -> list[dict]:
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_two_ranks_hold_and_send_what_is_told(of_two_ranks, settings):
     assert len(of_two_ranks) == len(SETTINGS)
     config = recipe("quickstart", *settings.split())
-    compare(config, of_two_ranks[SETTINGS.index(settings)], 2)
+    assert_told(config, of_two_ranks[SETTINGS.index(settings)], 2)
 
 
 @pytest.mark.parametrize("keep", ["false", "true"])
@@ -247,7 +254,7 @@ def test_hsdp_of_eight_ranks_holds_and_sends_what_is_told(keep):
         torch.distributed.destroy_process_group()
     if keep == "true":  # the target lies gathered until the next step
         found["held"].pop("ema")
-    compare(config, found, 8)
+    assert_told(config, found, 8)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_faults_that_pass_change_nothing(server, shards, tmp_path, fault, cached
     assert cached or not left  # all of them happened
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_the_stream_and_says_where(server):
     server.always = {name(1): 503}
     began = time.monotonic()

@@ -10,7 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from lmim import checkpoint
+from lmim.__main__ import main
+from lmim.export import export
+from lmim.formats import read_weights
+from lmim.vit import sincos_positions
 from tests.conftest import REPOSITORY, losses, process_environment, run_training, train_command
 
 STEPS = "optim.duration=24st"
@@ -51,7 +57,7 @@ def test_stopped_alone(unbroken, shards, tmp_path, number):
     assert 5 <= steps_done < 24
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps_done:08d}").is_dir()
     output = run_training(shards, tmp_path / "run", STEPS, "parallel.backend=local", "data.workers=1")
-    assert f"step {steps_done} of 24" in output
+    assert f"after step {steps_done}\n" in output
     assert losses(tmp_path / "run") == unbroken
 
 
@@ -71,6 +77,7 @@ def test_ctrl_c_under_the_launcher(unbroken, shards, tmp_path):
     assert done == {"steps": 24, "ranks": 2, "device": "cpu"}
 
 
+@pytest.mark.slow
 def test_killed_without_warning(unbroken, shards, tmp_path):
     """kill -9 loses the steps since the last checkpoint, and they come out the same when done again.
 
@@ -106,3 +113,63 @@ def test_a_finished_run_is_left_as_it_is(shards, tmp_path):
     before = (tmp_path / "run" / "log.jsonl").read_text()
     run_training(shards, tmp_path / "run", *settings)
     assert (tmp_path / "run" / "log.jsonl").read_text() == before
+
+
+def test_another_run_is_gone_on_from_or_begun_with(unbroken, shards, tmp_path):
+    """`run.resume_from` takes all of a run's state, `run.init_from` its weights; a run's own checkpoint goes first."""
+    first, settings = tmp_path / "first", ("parallel.backend=local", "checkpoint.every=4st")
+
+    def start(folder: Path, *changes: str) -> str:
+        assert main(train_command(shards, folder, STEPS, *settings, *changes)[3:]) == 0
+        return (folder / "train.log").read_text()
+
+    assert main(train_command(shards, first, STEPS, *settings, "run.time_limit_minutes=0.0001")[3:]) == 75
+    stopped = checkpoint.newest(first)
+    assert f"going on from {stopped}" in start(tmp_path / "on", f"run.resume_from={first}")
+    done = checkpoint.position_of(stopped).step
+    rows = [json.loads(line) for line in (tmp_path / "on" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(done, 24))
+    assert [row["loss"] for row in rows] == unbroken[done:]
+    again = start(tmp_path / "on", f"run.resume_from={first}")
+    assert f"going on from {checkpoint.newest(tmp_path / 'on')}" in again
+    begun = start(tmp_path / "begun", f"run.init_from={stopped}", "optim.duration=1st")
+    assert f"beginning with the weights of {stopped}" in begun
+    assert losses(tmp_path / "begun")[0] != unbroken[0]
+    assert checkpoint.position_of(checkpoint.newest(tmp_path / "begun")).optimizer_steps == 1
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors", "timm", "huggingface"])
+def test_a_run_begins_with_weights_of_any_format(shards, tmp_path, form):
+    """All of the model, or one encoder that the target copies while projector and decoder are new ones."""
+    settings = ("parallel.backend=local", "optim.duration=1st", "optim.base_lr=1e-12")
+    assert main(train_command(shards, tmp_path / "first", *settings, "run.seed=7")[3:]) == 0
+    source = tmp_path / f"source{'.' + form if form in ('pth', 'safetensors') else ''}"
+    export(tmp_path / "first", source, "authors" if form == "pth" else form)
+    assert main(train_command(shards, tmp_path / "run", *settings, f"run.init_from={source}")[3:]) == 0
+    assert main(train_command(shards, tmp_path / "scratch", *settings)[3:]) == 0
+    first, run, scratch = (read_weights(tmp_path / name).tensors for name in ("first", "run", "scratch"))
+    told = (tmp_path / "run" / "train.log").read_text()
+    assert f"beginning with the weights of {source}" in told
+    assert ("it has no decoder and no projectors: new ones" in told) == (form in ("timm", "huggingface"))
+    for name, tensor in run.items():
+        new = form in ("timm", "huggingface") and (name.startswith("decoder.") or ".projector." in name)
+        torch.testing.assert_close(tensor, (scratch if new else first)[name], atol=1e-7, rtol=0, msg=name)
+    assert not torch.allclose(first["online.cls_token"], scratch["online.cls_token"], atol=1e-3)
+
+
+def test_a_run_does_not_begin_with_weights_of_another_size(shards, tmp_path, capsys):
+    settings = ("parallel.backend=local", "optim.duration=1st")
+    assert main(train_command(shards, tmp_path / "first", *settings, "model.depth=1")[3:]) == 0
+    assert main(train_command(shards, tmp_path / "run", *settings, f"run.init_from={tmp_path / 'first'}")[3:]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "online.blocks.1.attn.proj.bias is absent there" in line
+
+
+def test_positions_of_another_grid_are_resized(shards, tmp_path):
+    settings = ("parallel.backend=local", "optim.duration=1st", "optim.base_lr=1e-12")
+    smaller = ("model.grid_size=5", "objective.num_visible=5")
+    assert main(train_command(shards, tmp_path / "first", *settings, *smaller)[3:]) == 0
+    assert main(train_command(shards, tmp_path / "run", *settings, f"run.init_from={tmp_path / 'first'}")[3:]) == 0
+    first, run = (read_weights(tmp_path / name).tensors for name in ("first", "run"))
+    assert torch.equal(run["target.pos_embed"], sincos_positions(32, 5, (7, 7)))
+    torch.testing.assert_close(run["decoder.cls_token"], first["decoder.cls_token"], atol=1e-7, rtol=0)

@@ -360,6 +360,29 @@ def test_damaged_folders_say_so_in_one_line(photos, tmp_path, words):
     assert str(tmp_path / "shards") in one_line(caught)
 
 
+@pytest.mark.parametrize("failures, readable", [(2, True), (3, False)])
+def test_a_side_file_is_read_again_when_another_threads_parsing_got_in_the_way(
+    photos, monkeypatch, tmp_path, failures, readable
+):
+    """CPython's gh-106905, which early patch releases of 3.11 have: a SystemError that says nothing of the file."""
+    index = write_shards(open_source(photos), tmp_path / "shards")
+    expected, load, left = ShardReader(index).read(29), np.load, [failures]
+
+    def load_disturbed(*args, **kwargs):
+        if left[0]:
+            left[0] -= 1
+            raise SystemError("AST constructor recursion depth mismatch")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(np, "load", load_disturbed)
+    fresh = ShardReader(ShardIndex.open(tmp_path / "shards"))
+    if readable:
+        assert fresh.read(29) == expected
+    else:
+        with pytest.raises(SystemError, match="recursion depth"):
+            fresh.read(29)
+
+
 def test_a_shard_that_shrinks_or_goes_while_in_use_is_named(photos, tmp_path):
     index = write_shards(open_source(photos), tmp_path / "shards")
     reader = ShardReader(index)

@@ -36,6 +36,7 @@ def test_under_the_deepspeed_launcher(reference, shards, tmp_path, ranks, settin
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_under_torchrun(reference, shards, tmp_path):
     run_training(shards, tmp_path / "run", STEPS, "parallel.backend=fsdp", ranks=2, launcher="torchrun")
     assert losses(tmp_path / "run") == pytest.approx(reference, rel=1e-5)

@@ -353,7 +353,8 @@ def test_damaged_files_raise_nothing_but_image_errors(decoder):
 def test_cut_files_with_a_strange_tail_raise_nothing_but_image_errors(head, cut, tail):
     for decoder in DECODERS:
         with suppress(ImageError):
-            train_view(head[:cut] + tail, 16, SCALE, RATIO, True, 0, decoder=decoder)
+            view = train_view(head[:cut] + tail, 16, SCALE, RATIO, True, 0, decoder=decoder)
+            assert view.shape == (16, 16, 3) and view.dtype == np.uint8
 
 
 @pytest.mark.parametrize("encoding", ["JPEG 4:2:0", "JPEG grey", "JPEG progressive", "JPEG with restarts"])

@@ -1,8 +1,10 @@
 """Measure how fast the parts of lmim are, beside what else there is, and record it.
 
     bench.py data --photos DIR [--rounds N] [--json]
+    bench.py save CONFIG [section.key=value ...] [--json]
 
 data: images/s per core from files to crops. make_photos.py makes the photos.
+save: what a checkpoint takes from training, written beside it or in it.
 
 All rows are measured in turn, round after round, so that what disturbs the machine disturbs them alike; a row is given
 as its median over the rounds with the least and the most, and compared with another row within each round.
@@ -111,15 +113,20 @@ def git_commit() -> str:
 
 
 def write_record(name: str, rows: Sequence[Row], **settings: Any) -> Path:
-    """Write rows, settings, machine, commit and date as JSON to tools/bench_results and return the file."""
-    now = datetime.now(timezone.utc)
+    """Record rows, and the settings they were measured with."""
     listed = []
     for row in rows:
         entry = asdict(row) | dict(median=row.median if row.rates else None, cores=len(row.cores))
         del entry["batches"]
         listed.append(entry)
+    return write_figures(name, dict(unit="images/s per core", rows=listed), **settings)
+
+
+def write_figures(name: str, figures: dict[str, Any], **settings: Any) -> Path:
+    """Write figures, settings, machine, commit and date as JSON to tools/bench_results and return the file."""
+    now = datetime.now(timezone.utc)
     record = dict(benchmark=name, date=now.isoformat(timespec="seconds"), commit=git_commit(), machine=machine(),
-                  unit="images/s per core", settings=settings, rows=listed)  # fmt: skip
+                  settings=settings, **figures)  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}_{now:%Y%m%d_%H%M%S}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
@@ -157,15 +164,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     data.add_argument(
         "--json", action="store_true", help=f"record the figures under {RESULTS.parent.name}/{RESULTS.name}"
     )
+    save = commands.add_parser("save", help="what a checkpoint takes from training")
+    save.add_argument("config", help="YAML file")
+    save.add_argument("overrides", nargs="*", metavar="section.key=value")
+    save.add_argument("--saves", type=int, default=20, metavar="N", help="of each kind (default 20)")
+    save.add_argument("--every", type=int, default=5, metavar="STEPS", help="between two saves (default 5)")
+    save.add_argument("--folder", type=Path, metavar="DIR", help="where checkpoints are written (default: system's)")
+    save.add_argument(
+        "--json", action="store_true", help=f"record the figures under {RESULTS.parent.name}/{RESULTS.name}"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = parse(arguments)
-    from bench_data import run_data  # what it imports takes seconds
-
-    return run_data(options)
+    if options.command == "save":  # what they import takes seconds
+        from bench_save import run_save as run
+    else:
+        from bench_data import run_data as run
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -134,8 +134,8 @@ def replay_steps(case: dict[str, Any], latent_mim: LatentMIM, trace: dict[str, T
         differences.add("loss", out.loss, case["losses"][step])
         differences.add("loss", out.loss, trace[f"{at}.loss"].squeeze())
         logged = case["metrics"][step]
-        for ours, theirs in zip(out[1:], ("avg_sim_pred", "avg_sim_vis", "avg_sim_trg"), strict=True):
-            differences.add("similarities", ours, logged[theirs])
+        for part, theirs in (("predictions", "pred"), ("visible", "vis"), ("targets", "trg")):
+            differences.add("similarities", getattr(out, f"similarity_{part}"), logged[f"avg_sim_{theirs}"])
         optimizer.zero_grad()
         out.loss.backward()
         if step == 0:  # gradients are recorded there only

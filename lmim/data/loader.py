@@ -41,7 +41,8 @@ from lmim.data.sharding import write_shards
 from lmim.data.shards import INDEX, Sample, ShardIndex, ShardReader
 from lmim.data.storage import Damaged, Storage, StorageOptions, is_remote
 from lmim.data.transforms import ImageError, eval_view, train_view
-from lmim.dist import Topology, available_cores, barrier, ignore_stop_signals
+from lmim.dist import Topology, available_cores, barrier
+from lmim.stop import ignore_stop_signals
 from lmim.randomness import sample_key
 
 logger = logging.getLogger(__name__)

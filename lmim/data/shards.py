@@ -96,6 +96,21 @@ def checksum(data: bytes) -> int:
 # --- the index -------------------------------------------------------------------------------------------------------
 
 
+def _table_in(content: bytes, tries: int = 3) -> ShardTable:
+    """The table that a side file's bytes hold; ValueError, KeyError, EOFError or BadZipFile where they do not.
+
+    Tried again on SystemError: NumPy parses an array's header with `ast`, which in early patch releases of Python 3.11
+    may fail while another thread parses too (https://github.com/python/cpython/issues/106905).
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return ShardTable(*(arrays[name] for name in ShardTable._fields))
+    except SystemError:
+        if tries <= 1:
+            raise
+        return _table_in(content, tries - 1)
+
+
 class ShardIndex:
     """What a folder of shards holds, without its images; `len` is the number of samples.
 
@@ -223,8 +238,7 @@ class ShardIndex:
         shard = self.shards[number]
         path = _join(self.folder, shard.table)
         try:
-            with np.load(io.BytesIO(self.storage.read(path)), allow_pickle=False) as arrays:
-                table = ShardTable(*(arrays[name] for name in ShardTable._fields))
+            table = _table_in(self.storage.read(path))
         except (Damaged, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{without_secrets(path)} cannot be read ({reason}): shard the images again") from error

@@ -6,7 +6,9 @@ there exactly once, in index order, on any number of ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 import torch
@@ -42,19 +44,28 @@ def raw_pixels(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def extract(function: Callable[[Tensor], Tensor], index: ShardIndex, config: Config,
-            topology: Topology) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (features (n, D) fp32, labels (n,)) of all readable images of an index, on the CPU of every rank."""
+def extract(function: Callable[[Tensor], Tensor], index: ShardIndex, config: Config, topology: Topology,
+            stopping: Callable[[], bool] = lambda: False) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Return (features (n, D) fp32, labels (n,)) of all readable images of an index, on the CPU of every rank.
+
+    `stopping`, a collective, is asked after every batch; where it says so, all ranks return None.
+    """
     resize, crop = eval_sizes(config)
-    mine = np.array_split(np.arange(len(index)), topology.world_size)[topology.rank]
+    shares = np.array_split(np.arange(len(index)), topology.world_size)
+    rounds = math.ceil(len(shares[0]) / config.eval.batch)  # of the ranks with most; some have a batch less
     workers = default_workers(topology) if config.data.workers is None else config.data.workers
     features, labels = [], []
-    for images, batch_labels in eval_batches(
-        index, mine, resize=resize, crop=crop, batch=config.eval.batch, workers=workers
-    ):
-        readable = batch_labels != UNREADABLE
-        features.append(function(images[readable].to(topology.device)).cpu())
-        labels.append(batch_labels[readable])
+    batches = eval_batches(
+        index, shares[topology.rank], resize=resize, crop=crop, batch=config.eval.batch, workers=workers
+    )
+    for _ in range(rounds):
+        for images, batch_labels in islice(batches, 1):
+            readable = batch_labels != UNREADABLE
+            features.append(function(images[readable].to(topology.device)).cpu())
+            labels.append(batch_labels[readable])
+        if stopping():
+            batches.close()
+            return None
     if not features:  # fewer samples than ranks: no rows, but of the right width
         features.append(function(torch.zeros(1, 3, crop, crop, dtype=torch.uint8, device=topology.device))[:0].cpu())
         labels.append(torch.zeros(0, dtype=torch.int64))

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lmim.checkpoint import check_same_model, load_encoder
+from lmim.checkpoint import check_same_tensors
 from lmim.config import Config, ConfigError, model_dimensions, validate
 from lmim.data.loader import open_data
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology, discover, fail, init, shutdown
 from lmim.eval.features import extract, patch_mean, raw_pixels
+from lmim.formats import load_encoder
 from lmim.objective import LatentMIM
 from lmim.vit import VisionTransformer
 
@@ -71,9 +72,13 @@ def check_labels(index: ShardIndex | None, key: str) -> None:
         )
 
 
-def online_accuracy(encoder: VisionTransformer, index: ShardIndex, config: Config, topology: Topology) -> float:
-    """Return the leave-one-out accuracy that the training loop reports."""
-    features, labels = extract(patch_mean(encoder), index, config, topology)
+def online_accuracy(encoder: VisionTransformer, index: ShardIndex, config: Config, topology: Topology,
+                    stopping: Callable[[], bool]) -> float | None:  # fmt: skip
+    """Return the leave-one-out accuracy that the training loop reports; None where the run is to stop meanwhile."""
+    found = extract(patch_mean(encoder), index, config, topology, stopping)
+    if found is None:
+        return None
+    features, labels = found
     return leave_one_out(features.to(topology.device), labels.to(topology.device))
 
 
@@ -88,8 +93,9 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[st
     heads = model_dimensions(config.model)["num_heads"]
     trained = load_encoder(checkpoint, which, num_heads=heads if checkpoint.is_file() else None)
     random = LatentMIM(config.model, config.objective)
-    names = {f"online.{name}": tensor for name, tensor in trained.state_dict().items()}
-    check_same_model(names, nn.ModuleDict({"online": random.online}), checkpoint)
+    theirs, ours = ({f"{which}.{name}": tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+                    for encoder in (trained, random.online))  # fmt: skip
+    check_same_tensors(theirs, ours, checkpoint)
     random.init_weights(config.run.seed)
     init(topology, config.parallel.timeout_minutes)
     try:

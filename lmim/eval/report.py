@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmim.checkpoint import load_encoder
 from lmim.config import Config, ConfigError, load_config
 from lmim.data.loader import eval_batches, open_shards
 from lmim.data.shards import ShardIndex
 from lmim.eval.clusters import patch_tokens, ward_clusters
 from lmim.eval.features import eval_sizes
 from lmim.eval.knn import read_results
+from lmim.formats import load_encoder
 from lmim.metrics import EVAL_FILE, LOG_FILE, read_rows
 from lmim.objective import chance_level
 

@@ -2,14 +2,14 @@
 
 Owns the protocol and the choice. DeepSpeed runs backward, clipping and the optimizer step as one engine, other ways of
 sharding do not, so the seam is the step and not the wrapping of a model. The invariant: every backend takes the same
-trajectory, and its state goes in and out under the canonical names of `LatentMIM.state_dict()`.
+trajectory, and its state goes in and out in pieces under the canonical names of `LatentMIM.state_dict()`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,17 +19,8 @@ from lmim.config import Config, Split
 from lmim.dist import Topology
 from lmim.objective import LatentMIM, StepOutput
 from lmim.schedules import Hyper
+from lmim.store import Piece
 from lmim.vit import VisionTransformer
-
-
-class TrainState(NamedTuple):
-    """All tensors of a run by canonical name: whole, fp32, on the CPU; both empty on ranks other than the first.
-
-    `weights` is LatentMIM's state dict; `optimizer` holds `{exp_avg,exp_avg_sq,step}/NAME` of every trained parameter.
-    """
-
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
 
 
 class Backend(Protocol):
@@ -47,16 +38,22 @@ class Backend(Protocol):
         """Run one micro-batch of a step; gradients are averaged over micro-batches and ranks."""
 
     def finish_step(self) -> Tensor:
-        """Clip, run AdamW and return the gradient's norm before clipping, on the device."""
+        """Clip, run AdamW and return the gradient's norm before clipping, on the device.
+
+        Where that is not finite, weights and moments stay as they are, on all ranks.
+        """
 
     def infer(self, which: str) -> AbstractContextManager[VisionTransformer]:
         """Lend the "online" or "target" encoder for evaluation: no gradient, no noise, fp32."""
 
-    def state(self) -> TrainState:
-        """Gather the whole state; a collective."""
+    def pieces(self) -> list[Piece]:
+        """Return views of all that this rank holds: NAME of weights and target, and {exp_avg,exp_avg_sq}/NAME."""
 
-    def load_state(self, state: TrainState) -> None:
-        """Take over a whole state, given on every rank."""
+    def optimizer_steps(self) -> int:
+        """Return how many steps AdamW has taken."""
+
+    def loaded(self, optimizer_steps: int) -> None:
+        """Take over what was read into the pieces."""
 
     def abandon(self) -> None:
         """Drop the step in hand, after an error, without a word to the other ranks."""

@@ -24,25 +24,28 @@ from contextlib import AbstractContextManager, ExitStack
 import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-from deepspeed.utils import (
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 
 from lmim import dist
 from lmim.config import Config, ConfigError, Split
 from lmim.dist import Topology
 from lmim.objective import LatentMIM, StepOutput
-from lmim.optim import build_adamw, ema_update, parameter_groups, set_learning_rate
-from lmim.parallel import TrainState, attention_kernel, lend, lend_whole, prepare_blocks
+from lmim.optim import (
+    MOMENTS,
+    build_adamw,
+    create_moments,
+    ema_update,
+    leave_out_unless_finite,
+    parameter_groups,
+    set_learning_rate,
+    set_steps_taken,
+    steps_taken,
+)
+from lmim.parallel import attention_kernel, lend, lend_whole, prepare_blocks
 from lmim.parallel.engine import engine_config
 from lmim.schedules import Hyper
+from lmim.store import Piece, whole
 from lmim.vit import VisionTransformer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedBackend:
@@ -110,10 +113,7 @@ class DeepSpeedBackend:
             stepped = self.engine.optimizer.fp32_partitioned_groups_flat
         else:
             stepped = [parameter for group in self.adamw.param_groups for parameter in group["params"]]
-        for tensor in stepped:
-            self.adamw.state[tensor] = dict(
-                step=torch.zeros((), device=tensor.device), **{m: torch.zeros_like(tensor) for m in MOMENTS}
-            )
+        create_moments(self.adamw, stepped)
         if self.zero and not self.cut:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -150,6 +150,7 @@ class DeepSpeedBackend:
         norm = None
         if not self.zero:  # averaged gradients are on the parameters only until the engine's step
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            leave_out_unless_finite(self.adamw, norm)  # ZeRO optimizers see to that themselves
         self.engine.step()
         if norm is None:
             norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.topology.device)
@@ -161,60 +162,49 @@ class DeepSpeedBackend:
             return lend(encoder, self.topology)
         return lend_whole(self.build, which, whole_tensors(encoder), self.topology)
 
-    def state(self) -> TrainState:
-        main = self.topology.is_main
-        optimizer = {}
-        for name, parameter in self._trained():
-            for moment in MOMENTS:
-                whole = self._moment(parameter, moment)
-                if main:
-                    optimizer[f"{moment}/{name}"] = whole.detach().cpu()
-            if main:
-                optimizer[f"step/{name}"] = self._any_adam_step().detach().cpu().clone()
-        weights = {name: whole.detach().cpu().clone() for name, whole in whole_tensors(self.model) if main}
-        return TrainState(weights, optimizer)
+    def pieces(self) -> list[Piece]:
+        found = []
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if self.cut and isinstance(tensor, nn.Parameter):
+                found += self._cuts(name, tensor)
+                continue
+            found.append(self._whole(name, tensor))
+            if tensor.requires_grad and not self.zero:
+                found += [self._whole(f"{moment}/{name}", self.adamw.state[tensor][moment]) for moment in MOMENTS]
+            elif tensor.requires_grad and (ours := tensor._hp_mapping):  # this rank's part of what the engine steps
+                found += [Piece(f"{moment}/{name}", tuple(tensor.shape), ours.lp_fragment_address.start,
+                                ours.optim_fragment[moment]) for moment in MOMENTS]  # fmt: skip
+        return found
 
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+    def _whole(self, name: str, tensor: Tensor) -> Piece:
+        return whole(name, tensor, self.topology.rank, self.topology.world_size)
 
-    def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
-        if self.zero:
-            return safe_get_full_optimizer_state(parameter, moment)
-        return self.adamw.state[parameter][moment]
+    def _cuts(self, name: str, parameter: nn.Parameter) -> list[Piece]:
+        """Return this rank's cuts of a weight and its moments, without the padding behind the end."""
+        start = self.topology.rank * parameter.ds_tensor.numel()
+        held = slice(max(parameter.ds_numel - start, 0))
+        tensors = {name: parameter.ds_tensor}
+        if parameter.requires_grad:
+            tensors.update({f"{moment}/{name}": self._stepped(parameter, moment) for moment in MOMENTS})
+        return [Piece(key, tuple(parameter.ds_shape), start, tensor.detach().view(-1)[held])
+                for key, tensor in tensors.items()]  # fmt: skip
 
-    def _any_adam_step(self) -> Tensor:
-        return next(iter(self.adamw.state.values()))["step"]
+    def _stepped(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
+        """Return what the engine steps of this rank's cut, or a moment of it, where it lies, on the device or not."""
+        return self.engine.optimizer._get_fp32_opt_state_partition(parameter, True, moment)[0]
+
+    def optimizer_steps(self) -> int:
+        return steps_taken(self.adamw)
 
     @torch.no_grad()
-    def load_state(self, state: TrainState) -> None:
+    def loaded(self, optimizer_steps: int) -> None:
+        set_steps_taken(self.adamw, optimizer_steps)
         if self.cut:
-            self._load_cuts(state)
-        else:
-            self.model.load_state_dict(state.weights)
-            if self.zero:
-                self.engine.optimizer.refresh_fp32_params()  # the flat fp32 master follows the weights
-            for name, parameter in self._trained():
-                for moment in MOMENTS:
-                    value = state.optimizer[f"{moment}/{name}"].to(self.topology.device)
-                    if self.zero:
-                        safe_set_full_optimizer_state(parameter, value, moment)
-                    else:
-                        self.adamw.state[parameter][moment].copy_(value)
-        step = next(value for key, value in state.optimizer.items() if key.startswith("step/"))
-        for values in self.adamw.state.values():
-            values["step"].copy_(step)
-
-    def _load_cuts(self, state: TrainState) -> None:
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if not isinstance(tensor, nn.Parameter):
-                tensor.copy_(state.weights[name])
-                continue
-            tensor.ds_tensor.copy_(cut_of(tensor, state.weights[name]))
-            if tensor.requires_grad:
-                safe_set_local_fp32_param(tensor, cut_of(tensor, state.weights[name]))
-                for moment in MOMENTS:
-                    value = cut_of(tensor, state.optimizer[f"{moment}/{name}"])
-                    safe_set_local_optimizer_state(tensor, value, moment)
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    self._stepped(parameter).copy_(parameter.ds_tensor)
+        elif self.zero:
+            self.engine.optimizer.refresh_fp32_params()  # the flat fp32 master follows the weights
 
     def abandon(self) -> None:
         if hasattr(self, "one_reduction"):  # closed, now or when it is collected, it would reduce gradients: alone
@@ -235,11 +225,3 @@ def whole_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensor
         else:
             yield name, tensor
-
-
-def cut_of(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """Return this rank's cut of a whole value, zeros behind the end, as ZeRO-3 cuts the parameter."""
-    cut = torch.zeros_like(parameter.ds_tensor)
-    numbers = whole.flatten()[torch.distributed.get_rank() * cut.numel() :][: cut.numel()]
-    cut[: numbers.numel()] = numbers
-    return cut

@@ -14,6 +14,7 @@ Online encoder, target and decoder are three roots and not one: each can then be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -27,9 +28,20 @@ from lmim import dist
 from lmim.config import Config, ConfigError, Split
 from lmim.dist import Topology
 from lmim.objective import LatentMIM, StepOutput
-from lmim.optim import build_adamw, ema_update, parameter_groups, set_learning_rate
-from lmim.parallel import TrainState, attention_kernel, autocast, lend_whole, prepare_blocks
+from lmim.optim import (
+    MOMENTS,
+    build_adamw,
+    create_moments,
+    ema_update,
+    leave_out_unless_finite,
+    parameter_groups,
+    set_learning_rate,
+    set_steps_taken,
+    steps_taken,
+)
+from lmim.parallel import attention_kernel, autocast, lend_whole, prepare_blocks
 from lmim.schedules import Hyper
+from lmim.store import Piece, whole
 from lmim.vit import VisionTransformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,6 +66,7 @@ class FsdpBackend:
         self.target_shards, self.online_shards = self._pairs()
         optim = self.config.optim
         self.optimizer = build_adamw(parameter_groups(self.model, optim.weight_decay), optim)
+        create_moments(self.optimizer, (p for p in self.model.parameters() if p.requires_grad))
 
     def _mesh(self) -> DeviceMesh:
         world, device = self.topology.world_size, self.topology.device.type
@@ -125,6 +138,7 @@ class FsdpBackend:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.config.optim.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(trained, self.config.optim.clip_norm, norm)
+        leave_out_unless_finite(self.optimizer, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -137,30 +151,29 @@ class FsdpBackend:
         for name, tensor in module.state_dict().items():
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def state(self) -> TrainState:
-        main = self.topology.is_main
-        weights = {name: whole.cpu() for name, whole in self._whole(self.model) if main}
-        optimizer = {}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
-                if main:
-                    optimizer[f"{key}/{name}"] = whole.detach().cpu()
-        return TrainState(weights, optimizer)
-
-    @torch.no_grad()
-    def load_state(self, state: TrainState) -> None:
+    def pieces(self) -> list[Piece]:
+        found = []
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            put(tensor, state.weights[name])
-        parameters = dict(self.model.named_parameters())
-        for item, value in state.optimizer.items():
-            key, name = item.split("/", 1)
-            parameter = parameters[name]
-            if key == "step":
-                value = value.clone().to(self.topology.device if self.optimizer.defaults["fused"] else "cpu")
-            else:
-                value = put(torch.empty_like(parameter), value)
-            self.optimizer.state[parameter][key] = value
+            found.append(self._piece(name, tensor))
+            found += [self._piece(f"{moment}/{name}", self.optimizer.state[tensor][moment])
+                      for moment in MOMENTS if tensor.requires_grad]  # fmt: skip
+        return found
+
+    def _piece(self, name: str, tensor: Tensor) -> Piece:
+        """Return a rank's rows of a tensor; replicas hold the same."""
+        if not isinstance(tensor, DTensor):
+            return whole(name, tensor, self.topology.rank, self.topology.world_size)
+        mesh, shape = tensor.device_mesh, tuple(tensor.shape)
+        rows = -(-shape[0] // mesh.size(-1))
+        start = min(mesh.get_local_rank("shard") * rows, shape[0]) * math.prod(shape[1:])
+        replicas = dict(copy=mesh.get_local_rank("replicate"), copies=mesh.size(0)) if mesh.ndim == 2 else {}
+        return Piece(name, shape, start, tensor.to_local().detach().view(-1), **replicas)
+
+    def optimizer_steps(self) -> int:
+        return steps_taken(self.optimizer)
+
+    def loaded(self, optimizer_steps: int) -> None:
+        set_steps_taken(self.optimizer, optimizer_steps)
 
     def abandon(self) -> None:
         pass

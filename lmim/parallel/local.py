@@ -14,9 +14,20 @@ from torch import Tensor
 from lmim.config import Config, Split
 from lmim.dist import Topology
 from lmim.objective import LatentMIM, StepOutput
-from lmim.optim import build_adamw, ema_update, parameter_groups, set_learning_rate
-from lmim.parallel import TrainState, attention_kernel, autocast, lend, prepare_blocks
+from lmim.optim import (
+    MOMENTS,
+    build_adamw,
+    create_moments,
+    ema_update,
+    leave_out_unless_finite,
+    parameter_groups,
+    set_learning_rate,
+    set_steps_taken,
+    steps_taken,
+)
+from lmim.parallel import attention_kernel, autocast, lend, prepare_blocks
 from lmim.schedules import Hyper
+from lmim.store import Piece, whole
 from lmim.vit import VisionTransformer
 
 
@@ -32,6 +43,7 @@ class LocalBackend:
         self.model.init_weights(self.config.run.seed)
         optim = self.config.optim
         self.optimizer = build_adamw(parameter_groups(self.model, optim.weight_decay), optim)
+        create_moments(self.optimizer, (p for p in self.model.parameters() if p.requires_grad))
 
     def begin_step(self, hyper: Hyper) -> None:
         ema_update(self.model.target.parameters(), self.model.online.parameters(), hyper.momentum)
@@ -51,6 +63,7 @@ class LocalBackend:
         if self.config.optim.clip_norm:
             trained = [p for p in self.model.parameters() if p.grad is not None]
             torch.nn.utils.clip_grads_with_norm_(trained, self.config.optim.clip_norm, norm)
+        leave_out_unless_finite(self.optimizer, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -58,35 +71,22 @@ class LocalBackend:
     def infer(self, which: str) -> AbstractContextManager[VisionTransformer]:
         return lend(self.model.get_submodule(which), self.topology)
 
-    def state(self) -> TrainState:
-        weights = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
-        return TrainState(weights, optimizer_state(self.model, self.optimizer))
+    def pieces(self) -> list[Piece]:
+        found = []
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            found.append(whole(name, tensor))
+            found += [whole(f"{moment}/{name}", self.optimizer.state[tensor][moment])
+                      for moment in MOMENTS if tensor.requires_grad]  # fmt: skip
+        return found
 
-    def load_state(self, state: TrainState) -> None:
-        self.model.load_state_dict(state.weights)
-        load_optimizer_state(self.model, self.optimizer, state.optimizer)
+    def optimizer_steps(self) -> int:
+        return steps_taken(self.optimizer)
+
+    def loaded(self, optimizer_steps: int) -> None:
+        set_steps_taken(self.optimizer, optimizer_steps)
 
     def abandon(self) -> None:
         pass
 
     def close(self) -> None:
         del self.model, self.optimizer
-
-
-def optimizer_state(model: LatentMIM, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Return AdamW's state by `{key}/{parameter name}`; empty before the first step."""
-    return {
-        f"{key}/{name}": value.detach().cpu()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer_state(model: LatentMIM, optimizer: torch.optim.AdamW, state: dict[str, Tensor]) -> None:
-    """Put a state of `optimizer_state` back; the moments go to the parameters' device."""
-    parameters = dict(model.named_parameters())
-    for item, value in state.items():
-        key, name = item.split("/", 1)
-        parameter = parameters[name]
-        on_device = key != "step" or optimizer.defaults["fused"]
-        optimizer.state[parameter][key] = value.clone().to(parameter.device if on_device else "cpu")
