@@ -26,7 +26,7 @@ LEVELS = {
     "data.verify": 2.7,
     "parallel": 3, "parallel.engine": 3, "data.loader": 3,
     "parallel.local": 3.5, "parallel.fsdp": 3.5, "parallel.deepspeed": 3.5,
-    "eval.features": 4, "eval.clusters": 4,
+    "eval.features": 4, "eval.clusters": 4, "eval.results": 4,
     "eval.knn": 4.3,
     "eval.report": 4.6,
     "resume": 4.8,
