@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmim.config import ModelConfig, ObjectiveConfig, model_dimensions
-from lmim.patches import Views, draw_views, gather_patches, normalize_patches
+from lmim.patches import Views, draw_views, gather_patches, imagenet, normalize_patches
 from lmim.vit import CrossDecoder, VisionTransformer, initial_values
 
 
@@ -149,27 +149,33 @@ class LatentMIM(nn.Module):
         The similarity penalty squares a mean over this micro-batch, as the released code does: its scope is one rank's
         micro-batch, while the patch loss never crosses images.
         """
-        objective, gap = self.objective, self.model.patch_gap
+        objective = self.objective
+        if not isinstance(similarity_target, Tensor):  # a number would be part of what `torch.compile` sees
+            similarity_target = torch.full((), similarity_target, device=images_BCSS.device)
         if views is None:
             views = draw_views(
                 keys_B,
                 grid_size=self.model.grid_size,
                 num_visible=objective.num_visible,
-                patch_gap=gap,
+                patch_gap=self.model.patch_gap,
                 gap_jitter=objective.gap_jitter,
             )
         visible_BV, masked_BM = views.visible_BV, views.masked_BM
         seen_BK = masked_BM if objective.target_input == "masked" else torch.cat([visible_BV, masked_BM], dim=1)
-
-        def patches(cells_BK: Tensor) -> Tensor:
-            cut = gather_patches(images_BCSS, cells_BK, views, patch_size=self.patch_size, patch_gap=gap)
-            return normalize_patches(cut)
-
+        scale = imagenet(images_BCSS.device) if images_BCSS.dtype == torch.uint8 else None
         with torch.no_grad():
-            targets_BMD = self.target(patches(seen_BK), seen_BK)[:, -masked_BM.shape[1] :]
-        encoded_BTD = self.online(patches(visible_BV), visible_BV, keys_B)
+            targets_BMD = self.target(self.patches(images_BCSS, seen_BK, views, scale), seen_BK)
+            targets_BMD = targets_BMD[:, -masked_BM.shape[1] :]
+        encoded_BTD = self.online(self.patches(images_BCSS, visible_BV, views, scale), visible_BV, keys_B)
         predictions_BMD = self.decoder(encoded_BTD, visible_BV, masked_BM)[:, 1:]
         return self.compare(predictions_BMD, encoded_BTD[:, 1:], targets_BMD, masked_BM, similarity_target)
+
+    def patches(
+        self, images_BCSS: Tensor, cells_BK: Tensor, views: Views, scale: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Cut the given cells' patches and normalise them: (B, K, P·P·3)."""
+        cut = gather_patches(images_BCSS, cells_BK, views, patch_size=self.patch_size, patch_gap=self.model.patch_gap)
+        return normalize_patches(cut, scale)
 
     def compare(
         self,

@@ -336,6 +336,13 @@ class CrossDecoder(nn.Module):
 
     def forward(self, encoded_BTD: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
         """Map encoder tokens (B, 1 + V, D) to predictions (B, 1 + M, D), the decoder's class token first."""
+        q_BTE, x_BTE = self.enter(encoded_BTD, visible_BV, masked_BM)
+        for block in self.blocks:
+            q_BTE = run_block(block, self.recompute, q_BTE, x_BTE)
+        return self.leave(q_BTE)
+
+    def enter(self, encoded_BTD: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries (B, 1 + M, E) that enter the first block, and their context (B, 1 + V, E)."""
         x_BTE = self.embed(encoded_BTD)
         class_11E, cells_NE = self.pos_embed[:, :1], self.pos_embed[0, 1:]
         visible_pos_BVE, masked_pos_BME = F.embedding(visible_BV, cells_NE), F.embedding(masked_BM, cells_NE)
@@ -347,10 +354,11 @@ class CrossDecoder(nn.Module):
         B = len(x_BTE)
         class_B1E = (self.cls_token + class_11E).expand(B, -1, -1)
         q_BTE = torch.cat([class_B1E, queries_BME + masked_pos_BME], dim=1)
-        x_BTE = x_BTE + torch.cat([class_11E.expand(B, -1, -1), visible_pos_BVE], dim=1)
-        for block in self.blocks:
-            q_BTE = run_block(block, self.recompute, q_BTE, x_BTE)
-        return self.head(self.norm(q_BTE))
+        return q_BTE, x_BTE + torch.cat([class_11E.expand(B, -1, -1), visible_pos_BVE], dim=1)
+
+    def leave(self, queries_BTE: Tensor) -> Tensor:
+        """Return the predictions (B, 1 + M, D) that follow from the last block's queries."""
+        return self.head(self.norm(queries_BTE))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for the backward, which runs them again."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmim import dist
@@ -30,6 +31,7 @@ from lmim.schedules import Hyper, Schedules
 from tests.conftest import REPOSITORY, TINY, free_port, process_environment
 
 GLOBAL_BATCH, CROP = 32, 35
+FSDP_CAN_GATHER_BF16 = "param_dtype_override_fn" in MixedPrecisionPolicy.__dataclass_fields__  # from torch 2.15 on
 
 
 def run_jobs(ranks: int, jobs: list[dict[str, Any]], folder: Path, timeout_s: float = 280) -> None:
@@ -84,6 +86,7 @@ class Driver:
         generator = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (GLOBAL_BATCH, 3, CROP, CROP), dtype=torch.uint8, generator=generator)
         keys = torch.arange(GLOBAL_BATCH) + GLOBAL_BATCH * step
+        images, keys = images.to(self.topology.device), keys.to(self.topology.device)
         for micro in range(self.split.accumulate):
             start = (micro * self.topology.world_size + self.topology.rank) * self.split.micro_batch
             yield images[start : start + self.split.micro_batch], keys[start : start + self.split.micro_batch]
@@ -91,7 +94,7 @@ class Driver:
     def backward(self, step: int) -> float:
         """Do all of a step but its end, and return the loss over all ranks."""
         self.backend.begin_step(self.schedules.at(step))
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=self.topology.device)
         for micro, (images, keys) in enumerate(self.micro_batches(step)):
             last = micro == self.split.accumulate - 1
             loss += self.backend.forward_backward(images, keys, last_micro=last).loss.detach() / self.split.accumulate
@@ -134,8 +137,9 @@ def train(settings: list[str], topology: dist.Topology, steps: int = 20, resume:
             driver.load(saved)
             groups.append(driver.groups())
         taken.append(driver.step(step))
+    image = torch.linspace(-1, 1, 3 * 28 * 28).view(1, 3, 28, 28).to(topology.device)
     with driver.backend.infer("target") as encoder:
-        features = encoder.forward_features(torch.linspace(-1, 1, 3 * 28 * 28).view(1, 3, 28, 28)).clone()
+        features = encoder.forward_features(image).cpu()
     saved = driver.save()
     driver.backend.close()
     losses, norms = zip(*taken, strict=True)
@@ -153,8 +157,8 @@ def freshness(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
         model.get_submodule(which).register_forward_hook(
             lambda module, inputs, output, which=which: seen.update({which: output.detach().clone()})
         )
-    same_cells = torch.arange(20).expand(8, -1)
-    offsets = torch.zeros(8, driver.config.model.grid_size**2, dtype=torch.long)
+    same_cells = torch.arange(20, device=topology.device).expand(8, -1)
+    offsets = torch.zeros(8, driver.config.model.grid_size**2, dtype=torch.long, device=topology.device)
     plain_forward = model.forward
     views = Views(same_cells, same_cells, offsets, offsets)
     model.forward = lambda images, keys, similarity: plain_forward(images, keys, similarity, views)

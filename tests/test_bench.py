@@ -10,7 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from lmim import LatentMIM, load_config
+from lmim.dist import Topology
 
 
 @pytest.fixture
@@ -66,3 +70,48 @@ def test_mistakes_end_in_one_line(bench, photos, tmp_path, capsys):
     assert "does not exist" in (said := capsys.readouterr().err) and "make_photos.py" in said
     assert bench.main(["data", "--photos", str(photos), "--batch", "12"]) == 2
     assert "--batch (12)" in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_step_measures_rows_their_parts_and_records_them(bench, tmp_path, capsys, monkeypatch):
+    """Two rows and one in the released code's shape, on a tiny model; the parts add up to a step, roughly."""
+    module = importlib.import_module("bench_step")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(module.PEAK_SIDE, "cpu", 128)
+    settings = ["parallel.backend=local", "model.embed_dim=32", "model.depth=2", "model.num_heads=2",
+                "model.projector_dim=48", "model.decoder_dim=32", "model.decoder_num_heads=2"]  # fmt: skip
+    options = (
+        "--batch 8 --rounds 2 --steps 4 --vary precision.compute=fp32,bf16 --released --together --profile 3 --json"
+    )
+    command = ["step", "configs/quickstart.yaml", *settings, *options.split()]
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert bench.main(command) == 0
+    (path,) = (tmp_path / "results").glob("step_*.json")
+    record = json.loads(path.read_text())
+    assert [row["name"] for row in record["rows"]] == ["compute=fp32", "compute=bf16", "released code's shape"]
+    for row in record["rows"]:
+        assert set(row["parts_ms"]) == set(module.PARTS) and all(ms > 0 for ms in row["parts_ms"].values())
+        assert row["least"] <= row["images_per_second"] <= row["most"] and len(row["kernels"]) == 3
+        share = 1e9 * row["gflop_per_image"] * row["images_per_second"] / (1e12 * record["peak_tflops"])
+        assert row["mfu"] == pytest.approx(share, rel=1)  # of the same rounds' peaks, which scatter
+        in_a_step_ms = 8 / row["images_per_second"] * 1e3
+        assert 0.2 < sum(row["parts_ms"].values()) / in_a_step_ms < 5
+    capsys.readouterr()
+    assert bench.main(["table"]) == 0
+    assert "compute=bf16" in capsys.readouterr().out
+
+
+def test_rows_of_a_step_begin_from_the_same_weights(bench):
+    """The warm-up leaves no trace: weights and AdamW's state are as they were."""
+    module = importlib.import_module("bench_step")
+    settings = ["parallel.backend=local", "model.embed_dim=32", "model.depth=1", "model.num_heads=2", "data.eval=",
+                "model.decoder_dim=32", "model.decoder_num_heads=2", "data.global_batch=4"]  # fmt: skip
+    config = load_config(Path(__file__).parent.parent / "configs" / "quickstart.yaml", settings)
+    alone = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
+    for released in (False, True):
+        row = module.build("row", config, alone, released)
+        wanted = LatentMIM(config.model, config.objective)
+        wanted.init_weights(config.run.seed)
+        for name, tensor in row.backend.model.state_dict().items():
+            assert torch.equal(tensor, wanted.state_dict()[name]), name
+        states = row.backend.optimizer.state.values()
+        assert all(not tensor.any() for state in states for tensor in state.values())

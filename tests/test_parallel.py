@@ -14,7 +14,7 @@ from rich.table import Table
 from lmim.dist import Topology
 from lmim.objective import LatentMIM
 from tests.conftest import REPOSITORY, process_environment, train_command
-from tests.ranks import Driver, not_a_number, result, run_jobs, tiny_config, train
+from tests.ranks import FSDP_CAN_GATHER_BF16, Driver, not_a_number, result, run_jobs, tiny_config, train
 
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
 LOCAL = ["parallel.backend=local"]
@@ -43,7 +43,7 @@ def outcomes(tmp_path_factory):
         key = (ranks, json.dumps(jobs))
         if key not in done:
             folder = tmp_path_factory.mktemp("ranks")
-            run_jobs(ranks, jobs, folder)
+            run_jobs(ranks, jobs, folder, timeout_s=800 if COMPILE in settings else 280)
             done[key] = {name: result(folder, name) for name in backends}
         return done[key]
 
@@ -147,8 +147,10 @@ def test_one_trajectory_in_bf16(outcomes, reference, capsys, ranks):
     moved = ["precision.gather=bf16", "precision.reduce=bf16"]
     extra = {
         "ZeRO-3, bf16 moved": [*ZERO["ZeRO-3"], *moved],
-        "FSDP2, bf16 moved": [*FSDP["FSDP2 full"], *moved, f"data.micro_batch={32 // ranks}"],
+        "FSDP2, bf16 moved": [*FSDP["FSDP2 full"], moved[1], f"data.micro_batch={32 // ranks}"],
     }
+    if FSDP_CAN_GATHER_BF16:
+        extra["FSDP2, bf16 moved"].append(moved[0])
     outcome = outcomes(ranks, "train", tuple(BF16), {**RANKS[ranks], **extra}, resume=True)
     expected, exact = reference(tuple(BF16)), reference()
     print_table(capsys, f"20 steps in bf16 on {ranks} ranks, relative to one process in bf16", outcome, expected)
@@ -168,6 +170,7 @@ def test_the_target_is_fresh(outcomes, ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [[RECOMPUTE], [COMPILE], [COMPILE, RECOMPUTE]])
+@pytest.mark.timeout(900)
 def test_the_target_is_fresh_with_compile_and_checkpointing(outcomes, settings):
     for name, outcome in outcomes(2, "freshness", tuple(settings)).items():
         assert outcome["before"] > 0.1, name
@@ -200,7 +203,11 @@ def test_a_gradient_that_is_not_finite_is_left_out_on_all_ranks(outcomes, clip):
 
 @pytest.mark.slow
 def test_compiled_graphs_are_static_and_evaluations_make_none():
-    """One graph each for the online encoder's tokens, the target's and the decoder's, whatever an evaluation gives."""
+    """One graph for the blocks of each part, and for each of what lies between, whatever an evaluation gives.
+
+    Between: patches of visible and masked cells, embedding and projector of each encoder, both ends of the decoder, the
+    comparison.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     driver = Driver([*LOCAL, COMPILE], ALONE)
@@ -209,7 +216,7 @@ def test_compiled_graphs_are_static_and_evaluations_make_none():
     with driver.backend.infer("online") as encoder:
         for images, pixels in ((2, 28), (3, 28)):
             encoder.forward_features(torch.zeros(images, 3, pixels, pixels))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 + 2 + 4 + 2 + 1
 
 
 BROKEN_RUN = """

@@ -1,10 +1,14 @@
 """Measure how fast the parts of lmim are, beside what else there is, and record it.
 
     bench.py data --photos DIR [--rounds N] [--json]
+    bench.py step CONFIG [section.key=value ...] [--vary KEY=A,B] [--released] [--json]
     bench.py save CONFIG [section.key=value ...] [--json]
+    bench.py table
 
 data: images/s per core from files to crops. make_photos.py makes the photos.
+step: images/s of training steps, the time of their parts, MFU, memory; under any launcher.
 save: what a checkpoint takes from training, written beside it or in it.
+table: all records of steps.
 
 All rows are measured in turn, round after round, so that what disturbs the machine disturbs them alike; a row is given
 as its median over the rounds with the least and the most, and compared with another row within each round.
@@ -164,6 +168,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     data.add_argument(
         "--json", action="store_true", help=f"record the figures under {RESULTS.parent.name}/{RESULTS.name}"
     )
+    step = commands.add_parser("step", help="images/s of training steps, their parts, MFU and memory")
+    step.add_argument("config", help="YAML file")
+    step.add_argument("overrides", nargs="*", metavar="section.key=value")
+    step.add_argument("--batch", type=int, metavar="N", help="images of a step, in one micro-batch (one rank)")
+    step.add_argument("--vary", action="append", default=[], metavar="KEY=A,B", help="a row for each value")
+    step.add_argument("--released", action="store_true", help="a row in the shape of the released code")
+    step.add_argument("--together", action="store_true", help="rows in turn, round by round, all in memory at once")
+    step.add_argument("--steps", type=int, default=20, metavar="N", help="of a row in a round (default 20)")
+    step.add_argument("--rounds", type=int, default=5, metavar="N")
+    step.add_argument("--profile", type=int, default=0, metavar="N", help="name the N longest kernels")
+    step.add_argument(
+        "--json", action="store_true", help=f"record the figures under {RESULTS.parent.name}/{RESULTS.name}"
+    )
+    commands.add_parser("table", help="all records of steps")
     save = commands.add_parser("save", help="what a checkpoint takes from training")
     save.add_argument("config", help="YAML file")
     save.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -181,6 +199,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.command == "save":  # what they import takes seconds
         from bench_save import run_save as run
+    elif options.command == "step":
+        from bench_step import run_step as run
+    elif options.command == "table":
+        from bench_step import run_table as run
     else:
         from bench_data import run_data as run
     return run(options)

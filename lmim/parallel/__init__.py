@@ -110,12 +110,25 @@ def lend_whole(
 
 
 def prepare_blocks(model: LatentMIM, config: Config) -> None:
-    """Set activation checkpointing and compile each block in place, so that names stay; before weights are cut."""
+    """Set activation checkpointing and compile the model in place, so that names stay; before weights are cut.
+
+    Blocks are compiled one by one: those of a part share a graph, and each can be gathered by itself. What lies
+    between them is compiled too, where it is many small operations.
+    """
     model.set_grad_checkpointing(config.parallel.activation_checkpointing)
-    if config.parallel.compile:
-        for part in (model.online, model.target, model.decoder):
-            for block in part.blocks:
-                block.compile(dynamic=False)  # or online and target, which differ in tokens, would share one graph
+    if not config.parallel.compile:
+        return
+    how = dict(dynamic=False)  # or online and target, which differ in tokens, would share one graph
+    for part in (model.online, model.target, model.decoder):
+        for block in part.blocks:
+            block.compile(**how)
+    for encoder in (model.online, model.target):
+        encoder.projector.compile(**how)
+    between = [(model, ("patches", "compare")), (model.online, ("embed",)), (model.target, ("embed",)),
+               (model.decoder, ("enter", "leave"))]  # fmt: skip
+    for module, methods in between:
+        for method in methods:
+            setattr(module, method, torch.compile(getattr(module, method), **how))
 
 
 def build_backend(config: Config, topology: Topology, split: Split) -> Backend:

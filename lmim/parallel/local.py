@@ -43,10 +43,14 @@ class LocalBackend:
         self.model.init_weights(self.config.run.seed)
         optim = self.config.optim
         self.optimizer = build_adamw(parameter_groups(self.model, optim.weight_decay), optim)
-        create_moments(self.optimizer, (p for p in self.model.parameters() if p.requires_grad))
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        create_moments(self.optimizer, self.trained)
+        self.target_weights, self.online_weights = (
+            list(part.parameters()) for part in (self.model.target, self.model.online)
+        )
 
     def begin_step(self, hyper: Hyper) -> None:
-        ema_update(self.model.target.parameters(), self.model.online.parameters(), hyper.momentum)
+        ema_update(self.target_weights, self.online_weights, hyper.momentum)
         set_learning_rate(self.optimizer, hyper.lr)
         self.similarity_target = hyper.similarity_target
 
@@ -58,11 +62,9 @@ class LocalBackend:
         return out
 
     def finish_step(self) -> Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         if self.config.optim.clip_norm:
-            trained = [p for p in self.model.parameters() if p.grad is not None]
-            torch.nn.utils.clip_grads_with_norm_(trained, self.config.optim.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.config.optim.clip_norm, norm)
         leave_out_unless_finite(self.optimizer, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -89,4 +91,4 @@ class LocalBackend:
         pass
 
     def close(self) -> None:
-        del self.model, self.optimizer
+        del self.model, self.optimizer, self.trained, self.target_weights, self.online_weights
