@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,7 +38,7 @@ FORMAT = 3
 STATE = "state.json"
 
 
-class SaveError(RuntimeError):
+class SaveError(Exception):  # no RuntimeError, as of a collective: all ranks come to it, and none is lost
     """The newest checkpoint could not be written."""
 
 
@@ -87,6 +87,8 @@ class Saver:
         if self.writing is None:
             return
         writing, self.writing, self.failure = self.writing, None, None
+        while wait([writing], timeout=1).not_done:
+            dist.progress()  # the disk is slow, and this rank is not stuck
         try:
             writing.result()
         except (CheckpointException, OSError) as error:

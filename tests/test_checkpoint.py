@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import random
+import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -212,6 +214,16 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, model):
         with pytest.raises(ConfigError, match="another model") as caught:
             checkpoint.check_same_model(path, model)
         assert words in str(caught.value)
+
+
+def test_who_waits_for_a_slow_disk_is_not_stuck(tmp_path, model, monkeypatch):
+    """Else a save that takes longer than `parallel.timeout_minutes` would end the run, again and again."""
+    plain, signs = store.sync, []
+    monkeypatch.setattr(store, "sync", lambda path: time.sleep(1.0) or plain(path))
+    monkeypatch.setattr(checkpoint.dist, "progress", lambda: signs.append(time.monotonic()))
+    path = save(tmp_path, model, 5, asynchronous=True)
+    assert checkpoint.damage(path) is None and len(signs) > 2
+    assert all(later - sooner < 1.5 for sooner, later in pairwise(signs))
 
 
 @pytest.mark.parametrize("which", ["online", "target"])
