@@ -6,18 +6,21 @@ were written under another name, synced, and renamed last), so whatever interrup
     run folder/checkpoints/step-00001200/
         weights-RANK.safetensors     online.*, target.*, decoder.*: fp32
         optimizer-RANK.safetensors   exp_avg/NAME, exp_avg_sq/NAME
-        state.json                   step, resolved config, data's identity; shapes of tensors, checksums of files
+        state.json                   step, resolved config, data's identity; shapes of tensors; checksums of all files
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,11 +34,11 @@ from lmim.optim import MOMENTS
 from lmim.store import CheckpointException, FileRecord, Piece
 
 logger = logging.getLogger(__name__)
-FORMAT = 2
+FORMAT = 3
 STATE = "state.json"
 
 
-class SaveError(RuntimeError):
+class SaveError(Exception):  # no RuntimeError, as of a collective: all ranks come to it, and none is lost
     """The newest checkpoint could not be written."""
 
 
@@ -84,12 +87,14 @@ class Saver:
         if self.writing is None:
             return
         writing, self.writing, self.failure = self.writing, None, None
+        while wait([writing], timeout=1).not_done:
+            dist.progress()  # the disk is slow, and this rank is not stuck
         try:
             writing.result()
         except (CheckpointException, OSError) as error:
             self.failure = _one_line(error)
             logger.error("a checkpoint could not be written (%s); the newest complete one is %s",
-                         self.failure, newest(self.folder.parent) or "none")  # fmt: skip
+                         self.failure, self._newest())  # fmt: skip
 
     def close(self) -> None:
         """Finish, and raise SaveError if the newest checkpoint could not be written."""
@@ -97,7 +102,13 @@ class Saver:
         self.thread.shutdown()
         if self.failure:
             raise SaveError(f"the last checkpoint could not be written ({self.failure}); the newest complete one is "
-                            f"{newest(self.folder.parent) or 'none'}")  # fmt: skip
+                            f"{self._newest()}")  # fmt: skip
+
+    def _newest(self) -> str:
+        try:
+            return str(newest(self.folder.parent) or "none")
+        except OSError as error:  # such as of a network share that is gone
+            return f"not to be seen: {error.strerror}"
 
     def _copied(self, piece: Piece) -> Tensor:
         key = (piece.name, piece.start)
@@ -110,14 +121,15 @@ class Saver:
         final = self.folder / f"step-{position.step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
         if self.topology.is_main:
-            for leftover in self.folder.glob(".step-*"):  # of saves that were interrupted
-                shutil.rmtree(leftover, ignore_errors=True)
+            with suppress(OSError):  # raised here, it would leave the others waiting for this rank's next save
+                for leftover in self.folder.glob(".step-*"):  # of saves that were interrupted
+                    shutil.rmtree(leftover, ignore_errors=True)
 
         def commit(shapes: dict[str, tuple[int, ...]], files: list[FileRecord]) -> None:
             state = dict(format=FORMAT, **asdict(position), ranks=self.topology.world_size,
                          config=asdict(self.config), config_hash=config_hash(self.config),
                          files=[file._asdict() for file in files], tensors=shapes)  # fmt: skip
-            (temporary / STATE).write_text(json.dumps(state, indent=1))
+            (temporary / STATE).write_text(json.dumps(dict(state, checksum=_checksum(state)), indent=1))
             store.sync(temporary / STATE)
             store.sync(temporary)
             if final.exists():  # damaged, as the run went on from an older one
@@ -125,8 +137,7 @@ class Saver:
             os.rename(temporary, final)
             store.sync(self.folder)
             logger.info("saved %s", final)
-            for old in [*self.folder.glob(".step-*.old"), *self._superseded()]:
-                shutil.rmtree(old, ignore_errors=True)
+            self._retire(position.step)
 
         try:
             store.write(temporary, pieces, commit, self.group)
@@ -135,10 +146,19 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)  # it may have filled the disk
             raise
 
-    def _superseded(self) -> list[Path]:
-        """Return the checkpoints that are neither among the newest nor to be kept for good."""
-        older, every = complete(self.folder.parent)[: -self.config.checkpoint.keep], self.keep_every_steps
-        return [path for path in older if not (every and int(path.name.removeprefix("step-")) % every == 0)]
+    def _retire(self, step: int) -> None:
+        """Delete the checkpoints that are neither among the newest up to a step nor to be kept for good.
+
+        Later ones are there where the run went back from damaged ones: they must not push out what is whole.
+        """
+        every = self.keep_every_steps
+        with suppress(OSError):
+            steps = {path: int(path.name.removeprefix("step-")) for path in complete(self.folder.parent)}
+            for path in [path for path in steps if steps[path] <= step][: -self.config.checkpoint.keep]:
+                if not (every and steps[path] % every == 0):
+                    os.rename(path, self.folder / f".{path.name}.old")  # first: half of one must not pass for whole
+            for path in self.folder.glob(".step-*.old"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _one_line(error: BaseException) -> str:
@@ -157,8 +177,11 @@ def _one_line(error: BaseException) -> str:
 def complete(run_folder: Path) -> list[Path]:
     """Return the run's complete checkpoints, oldest first."""
     folder = run_folder / "checkpoints"
-    found = sorted(folder.glob("step-*")) if folder.is_dir() else []
-    return [path for path in found if re.fullmatch(r"step-\d{8}", path.name) and (path / STATE).is_file()]
+    try:
+        names = sorted(os.listdir(folder))  # a glob takes a folder that cannot be read for an empty one
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    return [folder / name for name in names if re.fullmatch(r"step-\d{8}", name) and (folder / name / STATE).is_file()]
 
 
 def newest(run_folder: Path) -> Path | None:
@@ -168,22 +191,33 @@ def newest(run_folder: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return a checkpoint's `state.json`."""
+    """Return a checkpoint's `state.json`, verified against its own checksum."""
     path = checkpoint / STATE
     try:
         state = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error})") from error
-    wanted = {"format", "config", "files", "tensors", *(field.name for field in fields(Position))}
+    wanted = {"format", "config", "files", "tensors", "checksum", *(field.name for field in fields(Position))}
     if not isinstance(state, dict) or not wanted <= state.keys() or state["format"] != FORMAT:
         raise ConfigError(f"{path} is damaged or not of format {FORMAT}")
+    if state.pop("checksum") != _checksum(state):
+        raise ConfigError(f"{path} is damaged: its checksum differs")
     try:
         files = [FileRecord(**file) for file in state["files"]]
         tensors = {name: tuple(map(int, shape)) for name, shape in state["tensors"].items()}
+        counts = [state[field.name] for field in fields(Position) if field.type == "int"]
+        assert all(type(count) is int and count >= 0 for count in counts), "it does not tell where the run stood"
         assert all(Path(file.name).name == file.name for file in files), "a file lies elsewhere"
+        assert all(side >= 0 for shape in tensors.values() for side in shape), "a shape is below zero"
+        assert sum(map(math.prod, tensors.values())) <= sum(file.bytes for file in files), "files are too small"
     except (TypeError, ValueError, AttributeError, AssertionError) as error:
         raise ConfigError(f"{path} is damaged ({error})") from error
     return dict(state, files=files, tensors=tensors)
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    """Return the checksum of a state's content, however it is laid out."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def position_of(checkpoint: Path) -> Position:

@@ -262,11 +262,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def config_from_dict(content: dict[str, Any], source: str) -> Config:
     """Return the `Config` that a nested dictionary (a checkpoint's) stands for; `source` is named in complaints."""
+    if not (isinstance(content, dict) and all(isinstance(keys, dict) for keys in content.values())):
+        raise ConfigError(f"{source} holds no configuration: its sections must hold keys")
     config = OmegaConf.structured(Config)
     for section, keys in content.items():
         for key, value in keys.items():
             _assign(config, source, f"{section}.{key}", value)
-    return OmegaConf.to_object(config)
+    try:
+        read = OmegaConf.to_object(config)
+        _check_choices(flatten(read))
+    except (OmegaConfBaseException, ConfigError) as error:
+        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+    return read
 
 
 def _file_items(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, str, Any]]:
@@ -405,9 +412,7 @@ class Split:
 def validate(config: Config, world_size: int) -> Split:
     """Check the whole configuration for a number of ranks and return how a batch is split over them."""
     flat = flatten(config)
-    for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            raise ConfigError(f"{key} ({flat[key]}) must be one of {', '.join(map(str, allowed))}")
+    _check_choices(flat)
     if not config.run.folder.strip():
         raise ConfigError("run.folder is empty: name the folder that shall hold this run's files")
     _check_ranges(flat)
@@ -426,6 +431,12 @@ def validate(config: Config, world_size: int) -> Split:
         duration_steps(flat[key], steps_per_epoch=1.0, total_steps=total, key=key)
     _check_parallel(config, world_size)
     return _split(config, world_size)
+
+
+def _check_choices(flat: dict[str, Any]) -> None:
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise ConfigError(f"{key} ({flat[key]}) must be one of {', '.join(map(str, allowed))}")
 
 
 def _check_ranges(flat: dict[str, Any]) -> None:

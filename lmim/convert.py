@@ -13,6 +13,7 @@ from torch import Tensor
 
 # The authors' released code: (ours, theirs); the first pair that fits is applied.
 _AUTHORS_MODULES = (("online.", "encoder."), ("target.", "target_encoder."), ("decoder.", "decoder."))
+_PARTS = tuple(ours for ours, _ in _AUTHORS_MODULES)
 _AUTHORS_ENCODER = (
     ("patch_embed.proj.", "embed.proj."),
     ("pos_embed", "pos_embed.pos_embeds"),
@@ -154,7 +155,8 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             result[_renamed(name, _HUGGING_FACE, 1)] = tensor
     for name, parts in cuts.items():
-        if parts.keys() == set(_QKV):
+        shapes = {tuple(part.shape) for part in parts.values()}
+        if parts.keys() == set(_QKV) and len(shapes) == 1 and () not in shapes:
             result[name] = torch.cat([parts[part] for part in _QKV])
         else:  # left as they are, to be named by whoever compares
             result |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
@@ -199,6 +201,9 @@ def to_ours(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], list[s
     inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     left_out = [name for name in state if not name.startswith(prefix)]
     if naming == "lmim":
+        for name in inside:
+            if not name.startswith(_PARTS):
+                raise KeyError(f"{prefix}{name} belongs to none of {', '.join(_PARTS)}")
         return naming, inside, left_out
     if naming == "authors":
         return naming, from_authors(inside), left_out

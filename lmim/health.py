@@ -28,12 +28,18 @@ class Alarm(NamedTuple):
 
 
 class Health:
-    """Judges rows in the order of their steps; each kind of alarm is given once, until it was well in between."""
+    """Judges rows in the order of their steps; each kind of alarm is given once, until it was well in between.
+
+    The last `reach` rows of a log tell it what it would know had it been there from the start.
+    """
+
+    READS = ("step", "loss", "similarity_targets", "similarity_positions")
 
     def __init__(self, options: HealthConfig, objective: ObjectiveConfig, num_masked: int, warmup_steps: int,
                  patience_steps: int):  # fmt: skip
         self.options, self.warmup_steps, self.patience_steps = options, warmup_steps, max(patience_steps, 1)
         self.chance = chance_level(num_masked, objective.temperature) if objective.loss == "infonce" else None
+        self.reach = max(SPIKE_OVER, self.patience_steps) + 1
         self.losses: deque[float] = deque(maxlen=SPIKE_OVER)
         self.spiking = False
         self.since: dict[str, int] = {}  # the step from which on a sign of collapse was there

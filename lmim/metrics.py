@@ -15,6 +15,7 @@ import resource
 import secrets
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,11 @@ class Meters:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def numbers_again(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a log with NaN where null stands for what was not finite."""
+    return {key: math.nan if value is None else value for key, value in row.items()}
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a `.jsonl` file; a line that is none, as a crash may leave, is named and left out."""
     rows = []
@@ -101,7 +107,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             row = None
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and "step" in row and isinstance(row["step"], int):
             rows.append(row)
         else:
             logger.warning("%s: line %d is damaged and left out", path, number)
@@ -122,15 +128,17 @@ class JsonLines:
         """Append a row; while the disk is full, rows wait in memory for the next one."""
         # JSON knows no NaN: a value that is not finite is written as null
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        waited, lines = bool(self._late), self._late + json.dumps(clean).encode() + b"\n"
-        size = os.fstat(self._file.fileno()).st_size
+        waited, lines, size = bool(self._late), self._late + json.dumps(clean).encode() + b"\n", None
         try:
+            size = os.fstat(self._file.fileno()).st_size
             if self._file.write(lines) != len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._late = b""
         except OSError as error:
             self._late = lines
-            os.ftruncate(self._file.fileno(), size)  # no half rows
+            if size is not None:
+                with suppress(OSError):
+                    os.ftruncate(self._file.fileno(), size)  # no half rows
             if not waited:
                 logger.warning("%s cannot be written (%s): its rows wait in memory", self._file.name, error.strerror)
 
@@ -148,9 +156,12 @@ class UnreadableLog:
 
     def write(self, step: int, sample_id: int, reason: str) -> None:
         self.images, self.last = self.images + 1, reason
-        self.path.parent.mkdir(exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(f"{step}\t{sample_id}\t{reason}\n")
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(f"{step}\t{sample_id}\t{reason}\n")
+        except OSError as error:  # a full disk ends no run
+            logger.warning("%s cannot be written (%s): it lacks image %d", self.path, error.strerror, sample_id)
         if self.images <= NAMED_IN_LOG:
             more = f" (further ones only in {self.path})" if self.images == NAMED_IN_LOG else ""
             logger.warning("skipped image %d: %s%s", sample_id, reason, more)

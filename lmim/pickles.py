@@ -94,11 +94,25 @@ def read_pth(path: Path, classes: tuple[str, ...] = PTH_CLASSES) -> Any:
     if not path.is_file():
         raise ConfigError(f"{path} is missing")
     try:
+        mapped = _is_plain_zip(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([(Inert, name) for name in classes]):
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except _BROKEN as error:
         raise _refusal(path, error) from error
+
+
+def _is_plain_zip(file: Path | io.BytesIO) -> bool:
+    """Tell whether a file is a zip, as `torch.save` writes; AssertionError if one that is packed, as it never does.
+
+    Mapped into memory, packed bytes would be read as numbers; and a small pickle could be packed from a huge one.
+    """
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    assert not packed, f"it is a compressed zip, in which {packed[0]} lies packed: unpack and zip it without"
+    return True
 
 
 def own_tensors(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -108,6 +122,8 @@ def own_tensors(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """
     copies = {}
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: {name!r} is no name of a tensor")
         plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_quantized
         if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ConfigError(
@@ -233,7 +249,8 @@ def read_dcp(folder: Path) -> dict[str, Tensor]:
         places = [(index, place) for index, place in metadata.storage_data.items() if index.fqn in shapes]
         on_disk = sum(file.stat().st_size for file in folder.glob("*.distcp"))
         for name, shape in shapes.items():
-            assert all(side >= 0 for side in shape) and math.prod(shape) <= on_disk, f"{name} is larger than the files"
+            assert all(type(side) is int and side >= 0 for side in shape), f"{name} has no shape"
+            assert math.prod(shape) <= on_disk, f"{name} is larger than the files"
     except _BROKEN as error:
         raise _refusal(path, error) from error
     for index, place in places:
@@ -248,7 +265,8 @@ def read_dcp(folder: Path) -> dict[str, Tensor]:
             assert into.shape == chunk.shape, f"a chunk of {tuple(chunk.shape)} lies at {tuple(index.offset)}"
             into.copy_(chunk)
         except _BROKEN as error:
-            raise ConfigError(f"{path}: {name} of shape {shapes[name]} is damaged ({error})") from error
+            words = " ".join(str(error).split())[:150]
+            raise ConfigError(f"{path}: {name} of shape {shapes[name]} is damaged ({words})") from error
         filled[name] += chunk.numel()
     for name, shape in shapes.items():
         if filled[name] != math.prod(shape) or name not in tensors:
@@ -265,7 +283,10 @@ def _chunk(folder: Path, name: str, place: Any) -> Tensor:
         path = folder / place.relative_path
         with path.open("rb") as file:
             file.seek(place.offset)
-            chunk = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            content = io.BytesIO(file.read(place.length))
+        _is_plain_zip(content)
+        content.seek(0)
+        chunk = torch.load(content, map_location="cpu", weights_only=True)
         assert isinstance(chunk, Tensor), f"{name} is no tensor"
     except _BROKEN as error:
         raise _refusal(path, error) from error

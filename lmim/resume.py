@@ -27,7 +27,7 @@ CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
 _PARTS = {"decoder": r"decoder\.", "projectors": r"\w+\.projector\."}  # of the model, which a source may lack
 
 
-def resume(config: Config, backend: Backend, split: Split, data_fingerprint: str) -> int:
+def resume(config: Config, backend: Backend, split: Split, data_fingerprint: str, total_steps: int) -> int:
     """Load what there is to go on from and return the step to go on with; a collective."""
     run, path = config.run, newest_whole(Path(config.run.folder), backend.topology)
     if path is not None:
@@ -36,6 +36,9 @@ def resume(config: Config, backend: Backend, split: Split, data_fingerprint: str
         path = _named(Path(run.resume_from), backend.topology)
         for change in changed_options(checkpoint.config_of(path), config):
             logger.warning("run.resume_from was made with another configuration: %s", change)
+        if (taken := checkpoint.position_of(path).step) >= total_steps:
+            raise ConfigError(f"run.resume_from ({path}) has taken {taken} steps, and optim.duration "
+                              f"({config.optim.duration}) is {total_steps}: give a longer one")  # fmt: skip
     if path is None:
         if run.init_from:
             _begin_with(Path(run.init_from), config, backend)

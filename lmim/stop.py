@@ -72,7 +72,7 @@ class StopRequest:
     def reasons(self) -> str:
         """Say what asked for the stop that was agreed, and take a stop file away; a collective."""
         found = dict.fromkeys(reason for reason in dist.gather_objects(self.reason) if reason)
-        if self.reason == str(self.stop_file):
+        if self.stop_file is not None:  # whoever asked first: it has been heard, and must not stop the next start
             self.stop_file.unlink(missing_ok=True)
         return " and ".join(found)
 

@@ -42,6 +42,8 @@ from torch.futures import Future
 
 from lmim.config import ConfigError
 
+BLOCK = 1 << 20  # bytes read at once for a checksum
+
 
 class Piece(NamedTuple):
     """What this rank holds of a tensor: numbers in a row, from `start` on of the whole.
@@ -238,8 +240,11 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, int]]]:
     """Open a safetensors file and tell where the pieces in it start; what is wrong with it is one line."""
     try:
         with safe_open(path, "pt") as file:
-            yield file, json.loads((file.metadata() or {}).get("starts", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+            starts = json.loads((file.metadata() or {}).get("starts", "{}"))
+            if not isinstance(starts, dict) or not all(type(s) is int and s >= 0 for s in starts.values()):
+                raise ValueError("it does not tell where its pieces start")
+            yield file, starts
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} cannot be read as safetensors: {error}") from error
@@ -247,8 +252,11 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, int]]]:
 
 def sha256_of(path: Path) -> str:
     """Return the checksum of a file's content."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(BLOCK):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

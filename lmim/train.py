@@ -25,7 +25,7 @@ from lmim.config import (
     save_config,
     validate,
 )
-from lmim.data.loader import Batch, open_data, open_stream, train_batches
+from lmim.data.loader import Batch, DataError, open_data, open_stream, train_batches
 from lmim.eval.knn import check_labels, online_accuracy
 from lmim.health import Health
 from lmim.metrics import (
@@ -36,6 +36,7 @@ from lmim.metrics import (
     ProgressLine,
     UnreadableLog,
     Wandb,
+    numbers_again,
     read_rows,
     set_up_logging,
 )
@@ -51,7 +52,7 @@ UNREADABLE_JUDGED_AFTER = 1000  # images; a share of fewer says little
 DONE_FILE, STOP_FILE, STACKS_FOLDER = "done.json", "stop", "stacks"
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Exception):  # no RuntimeError, as of a collective: all ranks come to it, and none is lost
     """The run cannot go on; the message says why and from where to take it up."""
 
 
@@ -133,13 +134,29 @@ class Run:
         self.sinks: list[Any] = []
         self.log = self.evals = self.progress = self.wandb = None
         if self.topology.is_main:
-            save_config(self.config, self.folder / CONFIG_FILE)
-            self.log, self.evals = JsonLines(self.folder / LOG_FILE, start), JsonLines(self.folder / EVAL_FILE, start)
+            try:
+                if start < self.plan.total_steps:
+                    (self.folder / DONE_FILE).unlink(missing_ok=True)  # of a run whose checkpoints are gone
+                save_config(self.config, self.folder / CONFIG_FILE)
+                self.log = JsonLines(self.folder / LOG_FILE, start)
+                self.evals = JsonLines(self.folder / EVAL_FILE, start)
+            except OSError as error:
+                raise ConfigError(f"run.folder ({self.folder}) cannot be written: {error.strerror}") from error
             self.progress = ProgressLine(self.plan.total_steps, start)
             self.sinks = [self.log, self.evals, self.progress]
             if self.config.log.wandb != "off":
                 self.wandb = Wandb(self.config, asdict(self.config), self.folder)
                 self.sinks.append(self.wandb)
+        self._look_back()
+
+    def _look_back(self) -> None:
+        """Take up where the log ends: how many steps were left out in a row, and what the alarms have seen."""
+        last = max(self.health.reach, self.config.optim.max_skipped_steps)
+        rows = read_rows(self.folder / LOG_FILE)[-last:] if self.topology.is_main else []
+        for row in map(numbers_again, dist.gather_objects(rows)[0]):
+            if row.keys() >= {"grad_norm", *Health.READS}:  # not of an older version
+                self.skipped_steps = 0 if _is_finite(row) else self.skipped_steps + 1
+                self.health.judge(row)
 
     def flush(self) -> None:
         rows = self.meters.flush()
@@ -157,7 +174,7 @@ class Run:
 
     def _check_finite(self, row: dict[str, Any]) -> None:
         """Tell a step that was left out, and stop after too many in a row."""
-        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        if _is_finite(row):
             self.skipped_steps = 0
             return
         self.skipped_steps += 1
@@ -176,6 +193,8 @@ class Run:
                 raise TrainingError(f"{alarm.words}; {alarm.option} is stop; checkpoints: {self._checkpoints()}")
 
     def _checkpoints(self) -> str:
+        """Name the checkpoints there are, once the one in hand is written; a collective."""
+        self.saver.finish()
         found = [path.name for path in checkpoint.complete(self.folder)]
         return f"{', '.join(found)} in {self.folder / 'checkpoints'}" if found else "none yet"
 
@@ -227,12 +246,18 @@ class Run:
             mark = dict(
                 steps=self.plan.total_steps, ranks=self.topology.world_size, device=str(self.topology.device.type)
             )
-            (self.folder / DONE_FILE).write_text(json.dumps(mark) + "\n")
+            temporary = self.folder / f".{DONE_FILE}.tmp"
+            temporary.write_text(json.dumps(mark) + "\n")
+            temporary.replace(self.folder / DONE_FILE)
             logger.info("done: %d steps, %s", self.plan.total_steps, self.folder)
 
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
+
+
+def _is_finite(row: dict[str, Any]) -> bool:
+    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
 
 
 def train(config: Config | str | Path) -> int:
@@ -258,7 +283,7 @@ def train(config: Config | str | Path) -> int:
     try:
         run.open_data()
         backend = run.build()
-        start = resume(config, backend, run.split, run.train_index.fingerprint)
+        start = resume(config, backend, run.split, run.train_index.fingerprint, run.plan.total_steps)
         code = _steps(run, backend, start, stop)
         backend.close()
         return code
@@ -317,6 +342,9 @@ def _steps(run: Run, backend: Backend, start: int, stop: StopRequest) -> int:
             return STOPPED
         run.mark_done()
         return DONE
+    except (TrainingError, DataError):
+        run.saver.finish()  # else the checkpoint in hand would be lost with this process
+        raise
     finally:
         run.close()
 

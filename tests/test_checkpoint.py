@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import random
+import time
+from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lmim import LatentMIM, checkpoint, load_encoder, store
 from lmim.config import CheckpointConfig, Config, ConfigError, ModelConfig
@@ -88,6 +92,39 @@ def test_an_interrupted_save_is_never_chosen_and_does_not_stop_the_run(
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+def test_a_damaged_later_checkpoint_does_not_push_out_what_is_saved(tmp_path, model):
+    """A run that went back from damaged ones is stopped before it comes to them again."""
+    for step in (10, 20, 30):
+        (save(tmp_path, model, step, keep=3) / "weights-00000.safetensors").write_bytes(b"")
+    save(tmp_path, model, 5, keep=1)
+    path = save(tmp_path, model, 7, keep=1)
+    assert checkpoint.damage(path) is None
+    assert [p.name for p in checkpoint.complete(tmp_path)] == [path.name, *(f"step-000000{n}0" for n in (1, 2, 3))]
+
+
+def test_a_kill_amid_the_removal_of_an_old_checkpoint_leaves_no_half_of_it(tmp_path, model, monkeypatch):
+    save(tmp_path, model, 5, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: next(path.glob("weights-*"), path / "x").unlink())
+        save(tmp_path, model, 10, keep=1)
+    assert [checkpoint.damage(path) for path in checkpoint.complete(tmp_path)] == [None]
+    save(tmp_path, model, 15, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000015"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, model, monkeypatch):
+    """Else a run would begin anew over what it has."""
+    save(tmp_path, model, 5)
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refused)
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError):
+        checkpoint.newest(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["optimizer-00000.safetensors", "weights-00000.safetensors", "state.json"])
 @pytest.mark.parametrize("harm", ["cut short", "a bit flipped", "gone"])
 def test_damage_is_named(tmp_path, model, name, harm):
@@ -106,20 +143,87 @@ def test_damage_is_named(tmp_path, model, name, harm):
     assert str(path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def rewrite(path, change) -> None:
+    """Change a checkpoint's state, as somebody would who means it: with the checksum that belongs to it."""
+    state = json.loads((path / "state.json").read_text())
+    del state["checksum"]
+    change(state)
+    (path / "state.json").write_text(json.dumps(dict(state, checksum=checkpoint._checksum(state))))
+
+
+def test_any_flipped_bit_of_a_state_is_damage(tmp_path, model):
+    """A step or a count of optimizer steps that is another number would change the trajectory without a word."""
+    path = save(tmp_path, model, 5) / "state.json"
+    content, unnoticed = path.read_bytes(), []
+    numbers = [at for at in range(len(content)) if content[at : at + 1].isdigit()]
+    for at in [*random.Random(0).sample(numbers, 100), content.index(b"optimizer_steps") + 18]:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        if checkpoint.damage(path.parent) is None:
+            unnoticed.append(at)
+    assert unnoticed == []
+    path.write_bytes(content)
+    assert checkpoint.damage(path.parent) is None
+
+
+HOSTILE = {
+    "a shape below zero": lambda state: state["tensors"].update({"online.cls_token": [1, 1, -32]}),
+    "a shape beyond all memory": lambda state: state["tensors"].update({"online.cls_token": [1, 10**6, 10**12]}),
+    "a shape beyond all integers": lambda state: state["tensors"].update({"online.cls_token": [10**30]}),
+    "a step of words": lambda state: state.update(step="x"),
+    "a step below zero": lambda state: state.update(step=-5, samples=-80),
+    "no configuration": lambda state: state.update(config=[1]),
+    "an empty section": lambda state: state["config"].update(model=None),
+    "an unknown variant": lambda state: state["config"]["model"].update(variant="giant"),
+    "a variable": lambda state: state["config"]["run"].update(name="${oc.env:NOT_THERE}"),
+    "a value that is wanted": lambda state: state["config"]["run"].update(name="???"),
+}
+
+
+@pytest.mark.parametrize("lie", HOSTILE)
+def test_a_state_that_cannot_be_is_refused_in_one_line(tmp_path, model, lie):
+    path = save(tmp_path, model, 5)
+    rewrite(path, HOSTILE[lie])
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.position_of(path)
+        load_encoder(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("starts", ["[1]", "7", '{"online.cls_token": "a"}', '{"online.cls_token": -3}', "[" * 10**5])
+def test_a_file_whose_pieces_start_nowhere_is_refused_in_one_line(tmp_path, model, starts):
+    path = save(tmp_path, model, 5)
+    file = path / "weights-00000.safetensors"
+    save_file(load_file(file), file, metadata={"starts": starts})
+    record = dict(name=file.name, bytes=file.stat().st_size, sha256=store.sha256_of(file))
+    rewrite(path, lambda state: state.update(files=[record, *(f for f in state["files"] if f["name"] != file.name)]))
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.load_weights(path)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_tensors_that_do_not_fit_are_named(tmp_path, model):
     path = save(tmp_path, model, 5)
-    state = json.loads((path / "state.json").read_text())
+    state = (path / "state.json").read_text()
     for change, words in (
         (lambda tensors: tensors.pop("online.cls_token"), "online.cls_token is absent there"),
         (lambda tensors: tensors.update(extra=[3]), "extra is (3,) there and absent"),
         (lambda tensors: tensors.update({"online.cls_token": [1, 1, 31]}), "online.cls_token is (1, 1, 31) there"),
     ):
-        changed = json.loads(json.dumps(state))
-        change(changed["tensors"])
-        (path / "state.json").write_text(json.dumps(changed))
+        (path / "state.json").write_text(state)
+        rewrite(path, lambda content, change=change: change(content["tensors"]))
         with pytest.raises(ConfigError, match="another model") as caught:
             checkpoint.check_same_model(path, model)
         assert words in str(caught.value)
+
+
+def test_who_waits_for_a_slow_disk_is_not_stuck(tmp_path, model, monkeypatch):
+    """Else a save that takes longer than `parallel.timeout_minutes` would end the run, again and again."""
+    plain, signs = store.sync, []
+    monkeypatch.setattr(store, "sync", lambda path: time.sleep(1.0) or plain(path))
+    monkeypatch.setattr(checkpoint.dist, "progress", lambda: signs.append(time.monotonic()))
+    path = save(tmp_path, model, 5, asynchronous=True)
+    assert checkpoint.damage(path) is None and len(signs) > 2
+    assert all(later - sooner < 1.5 for sooner, later in pairwise(signs))
 
 
 @pytest.mark.parametrize("which", ["online", "target"])

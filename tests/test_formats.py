@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import io
 import json
 import os
 import pickle
 import shutil
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +270,76 @@ def test_a_tensor_that_claims_more_than_its_bytes(tmp_path, bomb):
     assert "norm.bias" in one_line(error) and str(tmp_path / "model.pth") in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["", "data.pkl", "data/"])
+def test_a_zip_that_is_packed_is_not_taken_for_weights(tmp_path, part):
+    """Torch maps the packed bytes as if they were numbers; and a packed pickle can be a thousand times its size."""
+    with zipfile.ZipFile(PTH) as plain, zipfile.ZipFile(tmp_path / "model.pth", "w") as packed:
+        for entry in plain.infolist():
+            how = zipfile.ZIP_DEFLATED if part in entry.filename else zipfile.ZIP_STORED
+            packed.writestr(entry.filename, plain.read(entry), how)
+    with pytest.raises(ConfigError) as error:
+        read_weights(tmp_path / "model.pth")
+    assert "compressed" in one_line(error) and str(tmp_path / "model.pth") in str(error.value)
+
+
+def test_a_packed_chunk_is_refused(tmp_path):
+    """A few kilobytes of it could fill the memory."""
+    folder = tmp_path / "dcp"
+    export(PTH, folder, "dcp")
+    chunk, plain, packed = next(folder.glob("*.distcp")), io.BytesIO(), io.BytesIO()
+    torch.save(torch.zeros(1, 1, 32), plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    metadata, size = pickle.loads((folder / ".metadata").read_bytes()), chunk.stat().st_size
+    for index, info in metadata.storage_data.items():
+        if index.fqn == "online.cls_token":
+            metadata.storage_data[index] = type(info)(info.relative_path, size, len(packed.getvalue()))
+    chunk.write_bytes(chunk.read_bytes() + packed.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ConfigError) as error:
+        read_weights(folder)
+    assert "compressed" in one_line(error) and str(chunk) in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(1.0, 1.0, 32.0), (True, True, 32), "abc", (1, -1, 32), (10**30,)])
+def test_a_dcp_size_that_is_none_is_refused(tmp_path, size):
+    folder = tmp_path / "dcp"
+    export(PTH, folder, "dcp")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.state_dict_metadata["online.cls_token"].size = size
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ConfigError) as error:
+        read_weights(folder)
+    assert str(folder) in one_line(error)
+
+
+@pytest.mark.parametrize("offset", [("a", 0, 0), (0, 0, 99), (0, 0, 0, 0)])
+def test_a_dcp_offset_that_is_none_is_refused(tmp_path, offset):
+    folder = tmp_path / "dcp"
+    export(PTH, folder, "dcp")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    [index] = [index for index in metadata.storage_data if index.fqn == "online.cls_token"]
+    place, moved = metadata.storage_data.pop(index), dataclasses.replace(index)
+    object.__setattr__(moved, "offset", offset)
+    metadata.storage_data[moved] = place
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ConfigError) as error:
+        read_weights(folder)
+    assert "online.cls_token" in one_line(error) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{"module": {7: torch.zeros(3)}}, {"module": {}, "shared_params": [[7, "a"]]}])
+def test_a_deepspeed_name_that_is_none_is_refused(tmp_path, content):
+    (tmp_path / "latest").write_text("tag")
+    (tmp_path / "tag").mkdir()
+    content["module"] |= {"a": torch.zeros(3)}
+    torch.save(content, tmp_path / "tag" / "mp_rank_00_model_states.pt")
+    with pytest.raises(ConfigError) as error:
+        read_weights(tmp_path)
+    assert "7 is no name" in one_line(error) and str(tmp_path) in str(error.value)
+
+
 def test_what_training_scripts_leave_beside_weights_is_passed_over(tmp_path):
     """Their command line and a best score are named in the pickle, and stood in for."""
     content = torch.load(PTH, weights_only=True)
@@ -349,6 +422,24 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, form, change):
         load_encoder(path, num_heads=HEADS)
     words = one_line(error)
     assert str(path) in words and inner in words
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 5), (1, 1, 1, 1)])
+@pytest.mark.parametrize("part", ["query", "value"])
+def test_parts_of_attention_that_do_not_fit_each_other_are_named(tmp_path, part, shape):
+    export(PTH, tmp_path / "vit", "huggingface", num_heads=HEADS)
+    state = load_file(tmp_path / "vit" / "model.safetensors")
+    state[f"encoder.layer.1.attention.attention.{part}.weight"] = torch.zeros(shape)
+    save_file(state, tmp_path / "vit" / "model.safetensors")
+    with pytest.raises(ConfigError) as error:
+        load_encoder(tmp_path / "vit")
+    assert str(tmp_path / "vit") in one_line(error) and "blocks.1.attn.qkv.weight" in str(error.value)
+
+
+def test_a_name_beside_the_models_parts_is_refused(tmp_path):
+    save_file({**read_weights(PTH).tensors, "fourth.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.safetensors .*fourth\.weight belongs to none of online"):
+        read_weights(tmp_path / "model.safetensors")
 
 
 def test_layers_that_a_plain_vit_does_not_have_are_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -151,3 +152,31 @@ def test_a_damaged_line_costs_no_other(tmp_path, caplog):
     log.write_bytes(b'{"step": 0}\nx\xff\n[1]\n{"step": 1}\n{"step": 2}\n{"st')
     JsonLines(log, 2).close()
     assert [row["step"] for row in read_rows(log)] == [0, 1]
+
+
+def test_a_disk_that_is_gone_for_a_while_costs_no_row(tmp_path, monkeypatch, caplog):
+    """Such as a network share: even to ask for the file's size fails."""
+    from lmim.metrics import JsonLines, read_rows
+
+    def gone(*arguments):
+        raise OSError(116, "Stale file handle")
+
+    log = JsonLines(tmp_path / "log.jsonl", 0)
+    log.write({"step": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", gone)
+        patch.setattr(os, "ftruncate", gone)
+        log.write({"step": 1})
+    assert "Stale file handle" in caplog.text
+    log.write({"step": 2})
+    log.close()
+    assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [0, 1, 2]
+
+
+def test_a_skipped_image_that_cannot_be_written_down_ends_no_run(tmp_path, caplog):
+    from lmim.metrics import UnreadableLog
+
+    (tmp_path / "unreadable").touch()  # no folder, as on a disk where none can be made
+    unreadable = UnreadableLog(tmp_path, 0)
+    unreadable.write(3, 7, "broken JPEG")
+    assert unreadable.images == 1 and "it lacks image 7" in caplog.text

@@ -62,3 +62,18 @@ def test_collapse_is_told_when_it_lasts(change, words):
 def test_what_passes_by_or_is_there_during_the_warm_up_is_no_collapse():
     assert alarms(rows(99, loss=lambda step: CHANCE), on_spike="off") == []
     assert alarms(rows(400, similarity_targets=lambda step: 0.99 if step % 20 else 0.5)) == []
+
+
+@pytest.mark.parametrize("change", [
+    dict(loss=lambda step: 0.8 + 0.01 * (step % 3) + (step in range(500, 505))),
+    dict(similarity_targets=lambda step: 0.5 + 0.49 * (step >= 300)),
+])  # fmt: skip
+@pytest.mark.parametrize("start", [310, 499, 502])
+def test_a_run_that_goes_on_has_the_same_alarms(change, start):
+    """The last rows of the log tell what was before."""
+    given = rows(900, **change)
+    health = Health(HealthConfig(), ObjectiveConfig(temperature=0.2), 176, 100, patience_steps=20)
+    for row in given[:start][-health.reach :]:
+        health.judge(row)
+    found = [(row["step"], alarm.option, alarm.words) for row in given[start:] for alarm in health.judge(row)]
+    assert found == [alarm for alarm in alarms(given) if alarm[0] >= start]

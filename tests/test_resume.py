@@ -6,18 +6,21 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from lmim import checkpoint
+from lmim import LatentMIM, checkpoint, store
 from lmim.__main__ import main
 from lmim.export import export
 from lmim.formats import read_weights
+from lmim.stop import StopRequest
 from lmim.vit import sincos_positions
 from tests.conftest import REPOSITORY, losses, process_environment, run_training, train_command
+from tests.ranks import NotANumber
 
 STEPS = "optim.duration=24st"
 
@@ -136,6 +139,87 @@ def test_another_run_is_gone_on_from_or_begun_with(unbroken, shards, tmp_path):
     assert f"beginning with the weights of {stopped}" in begun
     assert losses(tmp_path / "begun")[0] != unbroken[0]
     assert checkpoint.position_of(checkpoint.newest(tmp_path / "begun")).optimizer_steps == 1
+
+
+def test_a_finished_run_is_not_gone_on_from(shards, tmp_path, capsys):
+    """It would be marked as done, with no checkpoint of its own."""
+    settings = ("parallel.backend=local", "optim.duration=2st")
+    assert main(train_command(shards, tmp_path / "first", *settings)[3:]) == 0
+    command = train_command(shards, tmp_path / "run", *settings, f"run.resume_from={tmp_path / 'first'}")[3:]
+    assert main(command) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "run.resume_from" in line and "has taken 2 steps, and optim.duration (2st) is 2" in line
+    assert not (tmp_path / "run" / "done.json").exists()
+
+
+def test_the_mark_of_a_complete_run_goes_where_the_run_goes_on(shards, tmp_path):
+    """Else a launcher would judge by the mark of a run whose last checkpoint is damaged."""
+    command = train_command(shards, tmp_path / "run", "parallel.backend=local", "optim.duration=3st",
+                            "checkpoint.every=1st")[3:]  # fmt: skip
+    assert main(command) == 0
+    (checkpoint.newest(tmp_path / "run") / "weights-00000.safetensors").write_bytes(b"")
+    (checkpoint.complete(tmp_path / "run")[0] / "weights-00000.safetensors").rename(tmp_path / "away")
+    assert main(command) == 2 and (tmp_path / "run" / "done.json").exists()
+    (tmp_path / "away").rename(checkpoint.complete(tmp_path / "run")[0] / "weights-00000.safetensors")
+    patience = ("run.time_limit_minutes=0.0001", "eval.knn_every=1st")  # stopped before the first step
+    assert main([*command, *patience]) == 75 and not (tmp_path / "run" / "done.json").exists()
+    assert main(command) == 0 and json.loads((tmp_path / "run" / "done.json").read_text())["steps"] == 3
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_line(shards, tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["lmim.train"], "save_config", full)
+    assert main(train_command(shards, tmp_path / "run", "parallel.backend=local", "optim.duration=2st")[3:]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"error: run.folder ({tmp_path / 'run'}) cannot be written: No space left on device"
+
+
+def no_number(monkeypatch, steps: set[int]) -> None:
+    """Make the gradient of some of the following steps NaN; a step has two micro-batches."""
+    plain, calls = LatentMIM.forward, []
+
+    def forward(self, *inputs):
+        out = plain(self, *inputs)
+        if torch.is_grad_enabled():
+            calls.append(None)
+            if (len(calls) - 1) // 2 in steps:
+                return out._replace(loss=NotANumber.apply(out.loss))
+        return out
+
+    monkeypatch.setattr(LatentMIM, "forward", forward)
+
+
+def test_steps_left_out_in_a_row_are_counted_across_starts(shards, tmp_path, monkeypatch, capsys):
+    """Else a run that is stopped often enough would never end."""
+    command = train_command(shards, tmp_path / "run", "parallel.backend=local", STEPS)[3:]
+    one_step = [*command, "run.time_limit_minutes=0.0001"]
+    assert main(one_step) == 75
+    no_number(monkeypatch, set(range(100)))
+    assert [main(one_step), main(one_step), main(command)] == [75, 75, 1]
+    assert "not finite in 3 steps in a row, up to step 3 " in capsys.readouterr().err
+
+
+def test_an_end_with_an_error_keeps_the_checkpoint_in_hand_and_names_it(shards, tmp_path, monkeypatch, capsys):
+    plain = store.sync
+    monkeypatch.setattr(store, "sync", lambda path: time.sleep(0.3) or plain(path))
+    no_number(monkeypatch, {4, 5, 6})
+    command = train_command(shards, tmp_path / "run", "parallel.backend=local", STEPS, "checkpoint.every=2st")[3:]
+    assert main(command) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    names = [path.name for path in checkpoint.complete(tmp_path / "run")]
+    assert names == ["step-00000004", "step-00000006"] and f"from before: {', '.join(names)} in" in line
+
+
+def test_a_stop_file_stops_no_later_start_whoever_asked_first(tmp_path):
+    request = StopRequest(tmp_path / "stop", limit_s=1e-9)
+    try:
+        (tmp_path / "stop").touch()
+        assert request.agreed() and request.reasons().startswith("run.time_limit_minutes")
+    finally:
+        request.close()
+    assert not (tmp_path / "stop").exists()
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors", "timm", "huggingface"])
