@@ -107,13 +107,13 @@ def test_boundary_measure_is_its_definition():
 
 def test_measures_by_hand():
     truth = np.zeros((20, 20), bool)
-    truth[5:10, 5:10] = True  # 25 px; its boundary 21 px: rows and columns 4 to 9, less the inside 5 … 8, less a corner
+    truth[5:10, 5:10] = True  # 25 px; its boundary is the ring of 20 px from 4 to 9
     shifted = np.roll(truth, 2, axis=1)  # 15 px shared, 35 together
     assert masks.region_measure(shifted, truth) == pytest.approx(15 / 35)
     assert masks.region_measure(truth, truth) == masks.boundary_measure(truth, truth) == 1
-    # the edges are 4 and 9; 1 px of reach (0.008 · 28.3 rounded up) leaves the left and right edges of one aside but
-    # for their ends, which lie on the other's top and bottom edge
-    assert masks.boundary_measure(shifted, truth) == pytest.approx(slow_f(shifted, truth))
+    # the reach is 0.008 · 28.3 rounded up, 1 px: of the shifted ring 5 px of the top edge are so near to the other's
+    # top edge, 5 of the bottom edge likewise, the upper and lower end of the left edge too: 12 of 20, and so both ways
+    assert masks.boundary_measure(shifted, truth) == pytest.approx(0.6)
     assert masks.boundary_measure(np.roll(truth, 1, axis=1), truth) == 1  # within the reach
     assert masks.boundary_measure(np.roll(truth, 8, axis=0), truth) == 0
 

@@ -46,8 +46,9 @@ def ward_clusters(tokens: Tensor, counts: list[int]) -> list[np.ndarray]:
 def tree_clusters(points: np.ndarray, counts: list[int], linkage: str) -> list[np.ndarray]:
     """Cut the tree of points (n, D) into each number of clusters: labels (n,) from 0, in the order of `counts`.
 
-    `linkage` is "ward" or "average", of Euclidean distances, as scipy's. Cuts of one tree are nested: of a cluster that
-    is split, the largest part keeps its label. There are fewer clusters where points are fewer or alike.
+    `linkage` is "ward" or "average", of Euclidean distances, as scipy's. Cuts of one tree are nested: in the first the
+    largest cluster is 0, and of a cluster that is split the largest part keeps its label. There are fewer clusters
+    where points are fewer or alike.
     """
     from scipy.cluster.hierarchy import fcluster
     from scipy.cluster.hierarchy import linkage as merge
@@ -55,10 +56,9 @@ def tree_clusters(points: np.ndarray, counts: list[int], linkage: str) -> list[n
     if len(points) < 2:
         return [np.zeros(len(points), np.int64) for _ in counts]
     tree = merge(points.astype(np.float64), method=linkage)
-    cuts, before = {}, None
+    cuts, before = {}, np.zeros(len(points), np.int64)
     for count in sorted(set(counts)):
-        labels = fcluster(tree, count, criterion="maxclust") - 1
-        before = cuts[count] = labels.astype(np.int64) if before is None else _keep_numbers(before, labels)
+        before = cuts[count] = _keep_numbers(before, fcluster(tree, count, criterion="maxclust"))
     return [cuts[count] for count in counts]
 
 
