@@ -148,10 +148,10 @@ def _eval_segment(parsed: argparse.Namespace) -> int:
     if figures is None:
         return 0  # another rank prints
     miou = figures.get("miou_per_image", {})
-    print(f"{'clusters':14} {'variance explained':>20} {'mIoU per image':>16}")
+    print(f"{'clusters':14} {'variance explained':>20}" + f" {'mIoU per image':>16}" * bool(miou))
     for name in [*figures["explained"], *(["as_mask"] if miou else [])]:
         share = [f"{100 * of[name]:.2f} %" if name in of else "" for of in (figures["explained"], miou)]
-        print(f"{name.replace('as_mask', 'as in the mask'):14} {share[0]:>20} {share[1]:>16}")
+        print(f"{name.replace('as_mask', 'as in the mask'):14} {share[0]:>20} {share[1]:>16}".rstrip())
     if miou:
         print(
             f"all images in one clustering, {figures['classes']} classes: mIoU {100 * figures['miou_data_set']:.2f} %"

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -101,9 +102,6 @@ def test_propagation_is_the_dense_statement(options):
 
 def test_frames_are_read_one_by_one_and_few_are_kept():
     """The features of frame n are asked for after the labels of frame n − 1 were taken, and old frames are let go."""
-    import gc
-    import weakref
-
     alive = []
 
     def features():
@@ -113,7 +111,6 @@ def test_frames_are_read_one_by_one_and_few_are_kept():
             yield frame
 
     for number, _ in enumerate(davis.propagate(features(), torch.ones(1, 4, 4), DavisConfig(past_frames=3)), start=1):
-        gc.collect()
         assert len(alive) == number + 1 and sum(ref() is not None for ref in alive) <= 3
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lmim.patches import normalize_images
 from lmim.vit import VisionTransformer
 
-MAX_POINTS = 20_000  # of a tree: their distances take 1.6 GB
+MAX_POINTS = 20_000  # of a tree: their distances take 1.6 GB, and scipy copies them
 TSNE_POINTS = 1600  # of larger grids some, evenly spread, are drawn: t-SNE of 3136 takes a minute of one core
 TSNE_PERPLEXITY = 30
 COLOUR_RANGE = (2, 98)  # percentiles of a principal component that become 0 and 1
