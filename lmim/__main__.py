@@ -2,6 +2,8 @@
 
     lmim train CONFIG [section.key=value ...]        pretrain; under a launcher or alone; started again it goes on
     lmim eval knn CONFIG [section.key=value ...]     nearest-neighbour accuracy beside raw pixels and a random encoder
+    lmim eval segment CONFIG [section.key=value ...] clusters of images' patch tokens as pictures, and mIoU with masks
+    lmim eval davis CONFIG [section.key=value ...]   video object segmentation by label propagation on DAVIS-2017
     lmim export SOURCE [DESTINATION --format F]      weights of any format as another's; alone: what SOURCE holds
     lmim report RUN_FOLDER                           draw RUN_FOLDER/report.png
     lmim plan CONFIG --nodes N --gpus-per-node K     memory, speed and duration on GPUs, for every way of sharding
@@ -68,11 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluations = commands.add_parser("eval", help="evaluate a checkpoint").add_subparsers(
         required=True, metavar="WHAT"
     )
-    command = evaluations.add_parser("knn", help="nearest-neighbour accuracy by both protocols")
-    _add_config(command)
-    command.add_argument("--checkpoint", type=Path, help="run folder, checkpoint or .pth file; default: run.folder")
-    command.add_argument("--which", choices=("online", "target"), default="online", help="encoder (default: online)")
-    command.set_defaults(run=_eval_knn)
+    for name, run, words in (
+        ("knn", _eval_knn, "nearest-neighbour accuracy by both protocols"),
+        ("segment", _eval_segment, "cluster images' patch tokens, draw them, measure mIoU where masks are given"),
+        ("davis", _eval_davis, "carry masks through videos by the tokens' likeness, measure J and F"),
+    ):
+        command = evaluations.add_parser(name, help=words)
+        _add_config(command)
+        command.add_argument("--checkpoint", type=Path, help="weights of any format; default: run.folder")
+        command.add_argument("--which", choices=("online", "target"), default="online",
+                             help="encoder (default: online)")  # fmt: skip
+        command.set_defaults(run=run)
 
     command = commands.add_parser("plan", help="tell what fits a GPU, and how fast it would go")
     _add_config(command)
@@ -129,6 +137,44 @@ def _eval_knn(parsed: argparse.Namespace) -> int:
         gallery = "no labels" if accuracy["gallery"] is None else f"{100 * accuracy['gallery']:.2f} %"
         print(f"{name:18} {100 * accuracy['leave_one_out']:30.2f} % {gallery:>24}")
     print(json.dumps(results))
+    return 0
+
+
+def _eval_segment(parsed: argparse.Namespace) -> int:
+    from lmim.eval.segment import evaluate_checkpoint
+
+    config = load_config(parsed.config, parsed.overrides)
+    figures = evaluate_checkpoint(config, parsed.checkpoint or Path(config.run.folder), parsed.which)
+    if figures is None:
+        return 0  # another rank prints
+    miou = figures.get("miou_per_image", {})
+    print(f"{'clusters':14} {'variance explained':>20}" + f" {'mIoU per image':>16}" * bool(miou))
+    for name in [*figures["explained"], *(["as_mask"] if miou else [])]:
+        share = [f"{100 * of[name]:.2f} %" if name in of else "" for of in (figures["explained"], miou)]
+        print(f"{name.replace('as_mask', 'as in the mask'):14} {share[0]:>20} {share[1]:>16}".rstrip())
+    if miou:
+        print(
+            f"all images in one clustering, {figures['classes']} classes: mIoU {100 * figures['miou_data_set']:.2f} %"
+        )
+    print(json.dumps(figures))
+    return 0
+
+
+def _eval_davis(parsed: argparse.Namespace) -> int:
+    from lmim.eval.davis import evaluate_checkpoint
+
+    config = load_config(parsed.config, parsed.overrides)
+    figures = evaluate_checkpoint(config, parsed.checkpoint or Path(config.run.folder), parsed.which)
+    if figures is None:
+        return 0  # another rank prints
+    if figures["objects"]:
+        kinds = ("mean", "recall", "decay")
+        print(f"J&F {100 * figures['J&F']:.2f} %  {''.join(f'{kind:>8}' for kind in kinds)}")
+        for measure in ("J", "F"):
+            print(f"{measure:12}" + "".join(f"{100 * figures[f'{measure}_{kind}']:8.2f}" for kind in kinds))
+    else:
+        print("masks written; no video has annotations beyond the first, so nothing is measured")
+    print(json.dumps(figures))
     return 0
 
 

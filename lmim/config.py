@@ -153,6 +153,33 @@ class EvalConfig:
 
 
 @dataclass
+class SegmentConfig:
+    images: str = ""  # an image file or a folder of such; empty: data.eval
+    masks: str = ""  # folder of palette or grey PNGs with the images' names; empty: no mIoU
+    ignore: int = 255  # number in masks that stands for no class; -1: none
+    count: int = 8  # images, spread evenly over all there are; 0: all
+    pictures: int = 8  # of these that are drawn
+    size: Optional[int] = None  # px of the short side and the centre crop; empty: twice the training grid without gaps
+    clusters: list[int] = field(default_factory=lambda: [3, 4, 5])
+    linkage: str = "ward"  # or average
+    layer: int = -1  # whose block's tokens are clustered; -1: the last's
+    out: str = ""  # folder for the pictures; empty: `segment` in the run folder
+
+
+@dataclass
+class DavisConfig:
+    folder: str = ""  # DAVIS-2017: JPEGImages/480p, Annotations/480p, ImageSets/2017
+    split: str = "val"  # the videos of ImageSets/2017/val.txt
+    short_side: int = 480  # px that frames are resized to
+    past_frames: int = 7  # that labels come from, beside the first
+    neighbourhood: int = 12  # rows and columns of patches that labels come from, each way; 0: all
+    top_k: int = 5  # most similar patches that give their labels
+    temperature: float = 0.1  # they weigh exp(cosine / temperature)
+    layer: int = -1  # whose block's tokens are compared; -1: the last's
+    out: str = ""  # folder for the masks; empty: `davis` in the run folder
+
+
+@dataclass
 class HealthConfig:
     on_spike: str = "warn"  # the loss leaps up; off, warn, or stop
     on_collapse: str = "warn"  # targets become alike, in an image or at a position, or the loss stays at chance
@@ -178,6 +205,8 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
+    davis: DavisConfig = field(default_factory=DavisConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -187,7 +216,8 @@ class Config:
 NEUTRAL = ("run.folder", "run.name", "run.resume_from", "run.init_from", "run.time_limit_minutes", "data.train",
            "data.eval", "data.micro_batch", "data.workers", "data.crop_size", "data.max_bad_fraction", "data.cache",
            "data.cache_gb", "data.timeout_s", "data.retry_minutes", "data.allow_pipe", "optim.max_skipped_steps",
-           "precision.gather", "parallel.", "log.", "eval.", "health.", "checkpoint.")  # fmt: skip
+           "precision.gather", "parallel.", "log.", "eval.", "segment.", "davis.", "health.",
+           "checkpoint.")  # fmt: skip
 
 CHOICES = {
     "model.variant": tuple(VARIANTS),
@@ -202,6 +232,7 @@ CHOICES = {
     "parallel.backend": ("deepspeed", "fsdp", "local"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "log.wandb": ("off", "online", "offline"),
+    "segment.linkage": ("ward", "average"),
     "health.on_spike": ("off", "warn", "stop"),
     "health.on_collapse": ("off", "warn", "stop"),
 }
@@ -211,9 +242,11 @@ POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_si
             "data.micro_batch", "data.block_shards", "data.weights", "data.lanes", "data.cache_gb",
             "data.timeout_s", "data.retry_minutes", "optim.base_lr", "optim.eps",
             "parallel.timeout_minutes", "parallel.shard_ranks", "optim.max_skipped_steps",
-            "eval.resize", "eval.batch", "eval.k", "eval.temperature", "checkpoint.keep")  # fmt: skip
+            "eval.resize", "eval.batch", "eval.k", "eval.temperature", "segment.size", "segment.clusters",
+            "davis.short_side", "davis.top_k", "davis.temperature", "checkpoint.keep")  # fmt: skip
 NOT_NEGATIVE = ("run.seed", "run.time_limit_minutes", "model.patch_gap", "model.projector_depth",
-                "objective.similarity_weight", "data.workers", "optim.weight_decay", "optim.clip_norm")  # fmt: skip
+                "objective.similarity_weight", "data.workers", "optim.weight_decay", "optim.clip_norm",
+                "segment.count", "segment.pictures", "davis.past_frames", "davis.neighbourhood")  # fmt: skip
 UNIT_INTERVAL = ("objective.momentum", "optim.floor", "data.crop_scale", "data.max_bad_fraction")
 BELOW_ONE = ("model.drop_path", "model.dropout", "optim.betas")
 MAX_SOURCES = 256  # with weights: their turns are counted in 1024ths
@@ -458,6 +491,8 @@ def _check_ranges(flat: dict[str, Any]) -> None:
     for key, most in (("run.seed", MAX_SEED), ("model.grid_size", MAX_GRID)):
         if flat[key] > most:
             raise ConfigError(f"{key} ({flat[key]}) must be at most {most}")
+    if not flat["segment.clusters"]:
+        raise ConfigError("segment.clusters is empty: give one number at least, such as [3, 4, 5]")
     for key in ("optim.betas", "data.crop_scale", "data.crop_ratio"):
         if len(flat[key]) != 2 or (key != "optim.betas" and not 0 < flat[key][0] <= flat[key][1]):
             raise ConfigError(

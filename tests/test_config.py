@@ -272,6 +272,8 @@ NEUTRAL_CHANGES = [
     "parallel.zero_stage=0",
     "log.every=1st",
     "eval.k=5",
+    "segment.linkage=average",
+    "davis.top_k=3",
     "checkpoint.keep=9",
     "data.crop_size=280",
 ]

@@ -200,11 +200,27 @@ def eval_view(data: bytes, resize: int, crop: int) -> np.ndarray:
     return np.array(image.crop((left, top, left + crop, top + crop)))
 
 
+def eval_mask(mask: np.ndarray, resize: int, crop: int) -> np.ndarray:
+    """Return the numbers (crop, crop) of a mask (H, W) at the pixels of `eval_view`: those of the nearest pixels.
+
+    `crop` may not exceed `resize`.
+    """
+    height, width = mask.shape
+    columns, rows = _size_of_short_side(width, height, resize)
+    top, left = _central_offset(rows, crop), _central_offset(columns, crop)
+    row, column = ((start + np.arange(crop) + 0.5) * pixels / resized for start, pixels, resized in
+                   ((top, height, rows), (left, width, columns)))  # fmt: skip
+    return mask[row.astype(np.int64)[:, None], column.astype(np.int64)]
+
+
 def _resize_short_side(image: Image.Image, px: int) -> Image.Image:
-    short, long = sorted(image.size)
+    return image.resize(_size_of_short_side(image.width, image.height, px), Image.Resampling.BICUBIC)
+
+
+def _size_of_short_side(width: int, height: int, px: int) -> tuple[int, int]:
+    short, long = sorted((width, height))
     other = int(px * long / short)  # truncated, as torchvision does
-    size = (px, other) if image.width <= image.height else (other, px)
-    return image.resize(size, Image.Resampling.BICUBIC)
+    return (px, other) if width <= height else (other, px)
 
 
 def _central_offset(length: int, crop: int) -> int:
