@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -66,6 +67,7 @@ def test_eval_knn_and_report(run_folder, capsys):
     summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert set(summary) == {
         "run_folder",
+        "page",
         "figure",
         "knn_pixels",
         "knn_random",
@@ -77,6 +79,7 @@ def test_eval_knn_and_report(run_folder, capsys):
     with Image.open(summary["figure"]) as figure:
         colours = figure.convert("RGB").getcolors(maxcolors=2**24)
         assert figure.width > 1000 and len(colours) > 500, "an empty picture"
+    assert "t-SNE of the patch tokens of image 1" in Path(summary["page"]).read_text()
 
 
 def test_report_without_a_run(tmp_path, capsys):
