@@ -185,6 +185,8 @@ def _export(parsed: argparse.Namespace) -> int:
 def _report(parsed: argparse.Namespace) -> int:
     from lmim.eval.report import compare, report
 
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # under a launcher the first rank is enough
     folders = parsed.run_folders
     told = report(folders[0], parsed.figures) if len(folders) == 1 else compare(folders, parsed.figures)
     print(json.dumps(told))

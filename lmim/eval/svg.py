@@ -114,10 +114,19 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def tick_words(values: list[float]) -> list[str]:
     """Return ticks with as many digits as tell them apart."""
-    if max(map(abs, values)) >= 1e5 or 0 < max(map(abs, values)) < 1e-2:
-        return [number(value) for value in values]
-    digits = next((d for d in range(7) if all(abs(round(v, d) - v) < 1e-9 for v in values)), 6)
+    largest = max(map(abs, values))
+    if largest >= 1e6 or 0 < largest < 1e-2:
+        return [_scientific(value) for value in values]
+    digits = next((d for d in range(7) if all(abs(round(v, d) - v) < 1e-9 for v in values)), 9)
     return [f"{value:,.{digits}f}" for value in values]
+
+
+def _scientific(value: float) -> str:
+    """Return a value as 2.5e-4, with the digits that it has, nine at most."""
+    texts = (f"{value:.{digits}e}" for digits in range(9))
+    text = next((text for text in texts if abs(float(text) - value) <= 1e-9 * abs(value)), f"{value:.9e}")
+    mantissa, _, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}" if value else "0"
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from lmim.config import Config, ConfigError
 from lmim.data.loader import UNREADABLE, DataError, eval_batches, open_shards
 from lmim.data.shards import ShardIndex
 from lmim.data.storage import StorageError
+from lmim.dist import discover
 from lmim.eval.clusters import patch_tokens, ward_clusters
 from lmim.eval.features import eval_sizes
 from lmim.eval.history import History
@@ -50,7 +51,9 @@ def token_maps(history: History) -> tuple[list[TokenMaps], str]:
         return [], f"They could not be made: {' '.join(str(error).split())}"
     if not len(images):
         return [], "No image of data.eval could be read."
-    tokens = torch.cat([patch_tokens(encoder, image[None]) for image in images])  # one by one: memory of one
+    device = discover().device
+    encoder.to(device).eval()
+    tokens = torch.cat([patch_tokens(encoder, image[None].to(device)).cpu() for image in images])  # memory of one image
     if not tokens.isfinite().all():
         return [], "The encoder's tokens are not finite."
     return [_maps(image, of_image) for image, of_image in zip(images, tokens, strict=True)], ""
