@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from lmim.__main__ import main
+from lmim.config import load_config, save_config
 from tests.conftest import REPOSITORY, TINY, process_environment
 
 
@@ -82,6 +84,37 @@ def test_eval_knn_and_report(run_folder, capsys):
     assert "t-SNE of the patch tokens of image 1" in Path(summary["page"]).read_text()
 
 
+@pytest.mark.parametrize("trouble", ["data.eval is empty", "gone", "weights cut", "weights gone", "weights not finite"])
+def test_report_where_tokens_cannot_be_shown(run_folder, tmp_path, capsys, trouble):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    weights = next((copy / "checkpoints").glob("step-*/weights-00000.safetensors"))
+    said = trouble
+    if trouble in ("data.eval is empty", "gone"):
+        said = "data.eval is empty" if trouble != "gone" else f"They could not be made: data.eval ({tmp_path}/gone)"
+        config = load_config(copy, ["data.eval=" if trouble != "gone" else f"data.eval={tmp_path}/gone"])
+        save_config(config, copy / "config.yaml")
+    elif trouble == "weights cut":
+        weights.write_bytes(b"cut")
+        said = f"They could not be made: {weights.parent}"
+    elif trouble == "weights gone":
+        weights.unlink()
+        said = f"They could not be made: {weights.parent}"
+    else:
+        from lmim.eval import token_maps
+
+        encoder = token_maps.load_encoder(copy)
+        encoder.blocks[0].norm1.weight.data.fill_(float("nan"))
+        said = "not finite"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(token_maps, "load_encoder", lambda path: encoder)
+            assert main(["report", str(copy)]) == 0
+    if trouble != "weights not finite":
+        assert main(["report", str(copy)]) == 0
+    text = (copy / "report.html").read_text()
+    assert said in text and "<img" not in text
+
+
 def test_report_without_a_run(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "log.jsonl" in capsys.readouterr().err
@@ -102,8 +135,6 @@ def test_wandb_offline_and_its_run_goes_on(shards, tmp_path):
 
 
 def test_a_copied_run_is_evaluated_where_it_is(run_folder, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     (copy / "knn.json").unlink(missing_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import logging
 import math
@@ -23,9 +25,11 @@ from lmim.config import Config, HealthConfig, ObjectiveConfig, load_config, save
 from lmim.eval import figures
 from lmim.eval.curves import BINS, Chart, Level, Series, charts, overlaid, thin
 from lmim.eval.history import read_columns, read_history, read_text_log
+from lmim.eval.page import run_page
 from lmim.eval.results import record
 from lmim.eval.svg import HEIGHT, WIDTH, draw, log_ticks, number, tick_words, ticks
 from lmim.eval.tables import evaluations, found_table, in_figures, set_options, words
+from lmim.eval.token_maps import CLUSTER_COUNTS, TokenMaps
 from lmim.eval.verdict import BAD, GOOD, UNKNOWN, WATCH, judge, skipped_images
 from lmim.health import Health
 from lmim.objective import chance_level
@@ -502,6 +506,35 @@ def test_a_run_that_was_stopped_and_one_that_goes_on(tmp_path, capsys):
     assert "Complete: 40 steps." in text and "on cuda" in text
 
 
+def pixels_of(address: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def test_token_maps_are_drawn_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    image, points = rng.integers(0, 256, (28, 28, 3), np.uint8), rng.normal(size=(12, 2)) * (3, 1)
+    labels = {count: np.arange(12).reshape(3, 4) % count for count in CLUSTER_COUNTS}
+    history = read_history(write_run(tmp_path, rows_of(20)))
+    page = Parsed(run_page(history, charts(history), [TokenMaps(image, labels, points)], ""))
+    shown = [pixels_of(attributes["src"]) for attributes in page.all("img")]
+    np.testing.assert_array_equal(shown[0], image)
+    table = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in figures.CLUSTER_COLOURS]
+    for pixels, of_count in zip(shown[1:], labels.values(), strict=True):
+        np.testing.assert_array_equal(pixels, np.array(table)[of_count])
+    dots = [a for a in page.all("path") if a.get("stroke")]
+    assert [a["stroke"] for a in dots] == list(figures.CLUSTER_COLOURS)
+    places = [[place.removesuffix("h0").split() for place in a["d"].split("M")[1:]] for a in dots]
+    assert [len(of_colour) for of_colour in places] == [3, 3, 2, 2, 2]  # 12 tokens in 5 clusters
+    found = np.zeros((12, 2))
+    for label, of_colour in enumerate(places):
+        found[labels[5].ravel() == label] = np.array(of_colour, float)
+    assert found.min() >= 4 and found.max() <= 96
+    for axis in (0, 1):  # the same scale on both
+        slope = np.polyfit(points[:, axis], found[:, axis], 1)[0]
+        assert slope == pytest.approx(92 / np.ptp(points, axis=0).max(), rel=0.01)
+
+
 def test_pictures_of_evaluations_are_shown(tmp_path, capsys):
     folder = write_run(tmp_path / "run", rows_of(40))
     Image.new("RGB", (3000, 1500), "red").save(folder / "panels.png")
@@ -511,11 +544,8 @@ def test_pictures_of_evaluations_are_shown(tmp_path, capsys):
     page = page_of(folder, capsys)
     assert [a["alt"].partition(",")[0] for a in page.all("img")] == ["panels.png"]
     assert "broken.png, a picture of broken, could not be read" in page.text
-    import base64
-    import io
-
-    with Image.open(io.BytesIO(base64.b64decode(page.all("img")[0]["src"].partition(",")[2]))) as shown:
-        assert shown.size == (1600, 800) and shown.getpixel((5, 5))[0] > 240
+    shown = pixels_of(page.all("img")[0]["src"])
+    assert shown.shape == (800, 1600, 3) and shown[5, 5, 0] > 240
 
 
 # --- figures, several runs, mistakes ---------------------------------------------------------------------------------
