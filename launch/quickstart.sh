@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained tiny model and a picture of it, in minutes, with or without a GPU:
+# From a fresh clone to a trained tiny model and a page about it, in minutes, with or without a GPU:
 #   a virtual environment -> the embedded images as tar shards -> pretraining through the deepspeed launcher
-#   (two CPU ranks, or every GPU) -> nearest-neighbour accuracy -> runs/quickstart/report.png.
+#   (two CPU ranks, or every GPU) -> nearest-neighbour accuracy -> runs/quickstart/report.html.
 # The last line is one JSON object. Started again it goes on from where it was, or draws the finished run anew.
 #
 #   bash launch/quickstart.sh [--dry-run] [section.key=value ...]
@@ -45,5 +45,5 @@ do_ deepspeed --num_gpus "$ranks" --master_port "$port" --module lmim train "${s
 say "4/5 nearest-neighbour accuracy"
 do_ python -m lmim eval knn "${settings[@]}"
 
-say "5/5 picture"
+say "5/5 page and picture"
 do_ python -m lmim report "$run"

@@ -5,7 +5,7 @@
     lmim eval segment CONFIG [section.key=value ...] clusters of images' patch tokens as pictures, and mIoU with masks
     lmim eval davis CONFIG [section.key=value ...]   video object segmentation by label propagation on DAVIS-2017
     lmim export SOURCE [DESTINATION --format F]      weights of any format as another's; alone: what SOURCE holds
-    lmim report RUN_FOLDER                           draw RUN_FOLDER/report.png
+    lmim report RUN_FOLDER [OTHER ...]               one page of a run, RUN_FOLDER/report.html; of several, compared
     lmim plan CONFIG --nodes N --gpus-per-node K     memory, speed and duration on GPUs, for every way of sharding
 
 CONFIG is a YAML file or a run folder. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 75
@@ -110,8 +110,10 @@ def _parser() -> argparse.ArgumentParser:
                          help="run both sides on the same images and print the largest difference")  # fmt: skip
     command.set_defaults(run=_export)
 
-    command = commands.add_parser("report", help="draw a run")
-    command.add_argument("run_folder", type=Path)
+    command = commands.add_parser("report", help="make a page of a run, or one that compares several")
+    command.add_argument("run_folders", type=Path, nargs="+", metavar="RUN_FOLDER")
+    command.add_argument("--figures", nargs="+", choices=("png", "pdf", "svg"), default=[], metavar="FORMAT",
+                         help="write each figure to RUN_FOLDER/figures as well: png, pdf, svg")  # fmt: skip
     command.set_defaults(run=_report)
     return parser
 
@@ -227,9 +229,13 @@ def _export(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from lmim.eval.report import report
+    from lmim.eval.report import compare, report
 
-    print(json.dumps(report(parsed.run_folder)))
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # under a launcher the first rank is enough
+    folders = parsed.run_folders
+    told = report(folders[0], parsed.figures) if len(folders) == 1 else compare(folders, parsed.figures)
+    print(json.dumps(told))
     return 0
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from lmim.__main__ import main
+from lmim.config import load_config, save_config
 from tests.conftest import REPOSITORY, TINY, process_environment
 
 
@@ -67,6 +70,7 @@ def test_eval_knn_and_report(run_folder, capsys):
     summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert set(summary) == {
         "run_folder",
+        "page",
         "figure",
         "knn_pixels",
         "knn_random",
@@ -78,6 +82,38 @@ def test_eval_knn_and_report(run_folder, capsys):
     with Image.open(summary["figure"]) as figure:
         colours = figure.convert("RGB").getcolors(maxcolors=2**24)
         assert figure.width > 1000 and len(colours) > 500, "an empty picture"
+    assert "t-SNE of the patch tokens of image 1" in Path(summary["page"]).read_text()
+
+
+@pytest.mark.parametrize("trouble", ["data.eval is empty", "gone", "weights cut", "weights gone", "weights not finite"])
+def test_report_where_tokens_cannot_be_shown(run_folder, tmp_path, capsys, trouble):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    weights = next((copy / "checkpoints").glob("step-*/weights-00000.safetensors"))
+    said = trouble
+    if trouble in ("data.eval is empty", "gone"):
+        said = "data.eval is empty" if trouble != "gone" else f"They could not be made: data.eval ({tmp_path}/gone)"
+        config = load_config(copy, ["data.eval=" if trouble != "gone" else f"data.eval={tmp_path}/gone"])
+        save_config(config, copy / "config.yaml")
+    elif trouble == "weights cut":
+        weights.write_bytes(b"cut")
+        said = f"They could not be made: {weights.parent}"
+    elif trouble == "weights gone":
+        weights.unlink()
+        said = f"They could not be made: {weights.parent}"
+    else:
+        from lmim.eval import token_maps
+
+        encoder = token_maps.load_encoder(copy)
+        encoder.blocks[0].norm1.weight.data.fill_(float("nan"))
+        said = "not finite"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(token_maps, "load_encoder", lambda path: encoder)
+            assert main(["report", str(copy)]) == 0
+    if trouble != "weights not finite":
+        assert main(["report", str(copy)]) == 0
+    text = (copy / "report.html").read_text()
+    assert said in text and "<img" not in text
 
 
 def test_report_without_a_run(tmp_path, capsys):
@@ -100,8 +136,6 @@ def test_wandb_offline_and_its_run_goes_on(shards, tmp_path):
 
 
 def test_a_copied_run_is_evaluated_where_it_is(run_folder, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     (copy / "knn.json").unlink(missing_ok=True)

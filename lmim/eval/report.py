@@ -1,128 +1,98 @@
-"""One picture of a run: how it went, and what its patch tokens see."""
+"""`lmim report`: one HTML page of a run, one picture beside it, and the same figures as files for papers.
+
+Owns what is made and where it lies. The invariant: nothing but these files is written, so a report may be made of a run
+that is going on, as often as one likes.
+
+    RUN_FOLDER/report.html       the page; of several runs: comparison.html in the first one's folder
+    RUN_FOLDER/report.png        one picture of loss, similarities, accuracy and segmented images
+    RUN_FOLDER/figures/NAME.png  each figure by itself, where asked for; of several runs in comparison/
+"""
 
 from __future__ import annotations
 
-import json
-import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from lmim.config import Config, ConfigError, load_config
-from lmim.data.loader import eval_batches, open_shards
-from lmim.data.shards import ShardIndex
-from lmim.eval.clusters import patch_tokens, ward_clusters
-from lmim.eval.features import eval_sizes
-from lmim.eval.knn import read_results
-from lmim.formats import load_encoder
-from lmim.metrics import EVAL_FILE, LOG_FILE, read_rows
-from lmim.objective import chance_level
+from lmim.config import ConfigError
+from lmim.eval import figures
+from lmim.eval.curves import Chart, charts, overlaid
+from lmim.eval.history import History, read_history
+from lmim.eval.page import comparison_page, run_page
+from lmim.eval.token_maps import TokenMaps, token_maps
 
-FIGURE_FILE = "report.png"
-CLUSTER_COUNTS = [3, 4, 5]
-IMAGES = 8
+PAGE_FILE, FIGURE_FILE, COMPARISON_FILE = "report.html", "report.png", "comparison.html"
+FIGURES_FOLDER, COMPARISON_FOLDER = "figures", "comparison"
+MOST_RUNS = 6  # as many as there are colours
 
 
-def report(run_folder: Path) -> dict[str, Any]:
-    """Draw `report.png` into a run folder and return its figures as plain values (accuracies in percent)."""
-    log, evals = read_rows(run_folder / LOG_FILE), read_rows(run_folder / EVAL_FILE)
-    if not log:
-        raise ConfigError(f"{run_folder} holds no {LOG_FILE} with steps: give the folder of a run that was started")
-    config = load_config(run_folder)
-    knn = read_results(run_folder)
-    done = run_folder / "done.json"
-    figure = draw(run_folder, config, log, evals, knn)
+def report(run_folder: Path, formats: Sequence[str] = ()) -> dict[str, Any]:
+    """Write page, picture and figures into a run folder; return where, and the run's figures (accuracies in percent).
 
-    def percent(features: str) -> float | None:
-        return round(100 * knn[features]["leave_one_out"], 2) if features in knn else None
-
-    return dict(
+    Raises ConfigError where the folder is no run's or a package is missing.
+    """
+    figures.check_packages()
+    history = read_history(run_folder)
+    drawn = charts(history)
+    maps, why = token_maps(history)
+    page, picture = run_folder / PAGE_FILE, run_folder / FIGURE_FILE
+    _write(page, run_page(history, drawn, maps, why))
+    figures.save_overview(f"Latent MIM: {history.name}", drawn, maps, picture)
+    summary = dict(
         run_folder=str(run_folder),
-        figure=str(figure),
-        knn_pixels=percent("pixels"),
-        knn_random=percent("random"),
-        knn_final=percent("online"),
-        images_per_second=statistics.median(row["images_per_second"] for row in log),
-        ranks=json.loads(done.read_text())["ranks"] if done.is_file() else None,
+        page=str(page),
+        figure=str(picture),
+        knn_pixels=_percent(history, "pixels"),
+        knn_random=_percent(history, "random"),
+        knn_final=_percent(history, "online"),
+        images_per_second=_median(history, "images_per_second"),
+        ranks=history.done.get("ranks") if history.done else None,
     )
+    if formats:
+        summary["figures"] = _saved(drawn, maps, run_folder / FIGURES_FOLDER, formats)
+    return summary
 
 
-def draw(run_folder: Path, config: Config, log: list[dict], evals: list[dict], knn: dict[str, dict]) -> Path:
-    """Draw curves above and segmented images below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(15, 10), layout="constrained")
-    figure.suptitle(f"Latent MIM: {run_folder}")
-    curves, pictures = figure.subfigures(2, 1, height_ratios=[1, 1.35])
-    loss, similarity, accuracy = curves.subplots(1, 3)
-    _draw_loss(loss, config, log)
-    _draw_similarities(similarity, log)
-    _draw_knn(accuracy, evals, knn)
-    if config.data.eval:
-        _draw_clusters(pictures, run_folder, config)
-    path = run_folder / FIGURE_FILE
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+def compare(run_folders: Sequence[Path], formats: Sequence[str] = ()) -> dict[str, Any]:
+    """Write one page of several runs, their curves overlaid, into the first one's folder; return where."""
+    figures.check_packages()
+    if len(run_folders) > MOST_RUNS:
+        raise ConfigError(f"{len(run_folders)} run folders are too many for one page: give {MOST_RUNS} at most")
+    histories = [read_history(folder) for folder in run_folders]
+    names = _names(histories)
+    drawn = overlaid(histories, names)
+    page = run_folders[0] / COMPARISON_FILE
+    _write(page, comparison_page(histories, names, drawn))
+    summary: dict[str, Any] = dict(run_folders=[str(folder) for folder in run_folders], page=str(page))
+    if formats:
+        summary["figures"] = _saved(drawn, [], run_folders[0] / COMPARISON_FOLDER, formats)
+    return summary
 
 
-def _draw_loss(axes: Any, config: Config, log: list[dict]) -> None:
-    epochs, values = [row["epoch"] for row in log], [row["loss"] for row in log]
-    axes.plot(epochs, values, linewidth=0.8)
-    if config.objective.loss == "infonce":
-        masked = config.model.grid_size**2 - config.objective.num_visible
-        level = chance_level(masked, config.objective.temperature)
-        axes.axhline(level, color="gray", linestyle="--", label=f"chance = collapse, 2τ ln M = {level:.2f}")
-        axes.legend(fontsize=8)
-    axes.set(title="loss", xlabel="epoch")
+def _names(histories: list[History]) -> list[str]:
+    """Return what the runs are called, by their folders where two are called alike."""
+    names = [history.name for history in histories]
+    return names if len(set(names)) == len(names) else [str(history.folder) for history in histories]
 
 
-def _draw_similarities(axes: Any, log: list[dict]) -> None:
-    epochs = [row["epoch"] for row in log]
-    for name, label in (("predictions", "predictions"), ("visible", "visible tokens"), ("targets", "targets")):
-        axes.plot(epochs, [row[f"similarity_{name}"] for row in log], linewidth=0.8, label=label)
-    axes.set(title="mean cosine between patches of an image", xlabel="epoch", ylim=(0, 1.02))
-    axes.legend(fontsize=8)
+def _percent(history: History, features: str) -> float | None:
+    share = history.knn.get(features, {}).get("leave_one_out")
+    return round(100 * share, 2) if isinstance(share, (int, float)) else None
 
 
-def _draw_knn(axes: Any, evals: list[dict], knn: dict[str, dict]) -> None:
-    rows = [row for row in evals if "knn_leave_one_out" in row]
-    axes.plot(
-        [r["epoch"] for r in rows], [100 * r["knn_leave_one_out"] for r in rows], marker="o", label="online encoder"
-    )
-    for name, style in (("pixels", ":"), ("random", "--")):
-        if name in knn:
-            value = 100 * knn[name]["leave_one_out"]
-            axes.axhline(value, color="gray", linestyle=style, label=f"{name} {value:.1f} %")
-    axes.set(title="leave-one-out nearest neighbour (%)", xlabel="epoch")
-    axes.legend(fontsize=8)
+def _median(history: History, key: str) -> float | None:
+    values = history.log.get(key, np.zeros(0))
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else None
 
 
-def _draw_clusters(figure: Any, run_folder: Path, config: Config) -> None:
-    index = open_shards("data.eval", config.data.eval, run_folder)
-    images = _some_images(index, config)
-    tokens = patch_tokens(load_encoder(run_folder), images)
-    panels = figure.subplots(1 + len(CLUSTER_COUNTS), len(images), squeeze=False)
-    figure.suptitle("patch tokens of the trained encoder, clustered image by image (Ward)")
-    for column, (image, image_tokens) in enumerate(zip(images, tokens, strict=True)):
-        panels[0, column].imshow(image.permute(1, 2, 0).numpy())
-        for row, labels in enumerate(ward_clusters(image_tokens, CLUSTER_COUNTS), start=1):
-            panels[row, column].imshow(labels, cmap="tab10", vmin=0, vmax=9)
-    for axes in panels.flat:
-        axes.set(xticks=[], yticks=[])
-    for row, words in enumerate(["image", *(f"{count} clusters" for count in CLUSTER_COUNTS)]):
-        panels[row, 0].set_ylabel(words)
+def _saved(drawn: list[Chart], maps: list[TokenMaps], folder: Path, formats: Sequence[str]) -> list[str]:
+    return [str(path) for path in figures.save_figures(drawn, maps, folder, formats)]
 
 
-def _some_images(index: ShardIndex, config: Config) -> torch.Tensor:
-    """Return up to eight images spread over the index, uint8 (B, 3, S, S)."""
-    resize, crop = eval_sizes(config)
-    ids = np.unique(np.linspace(0, len(index) - 1, IMAGES).astype(np.int64))
-    return torch.cat(
-        [images for images, _ in eval_batches(index, ids, resize=resize, crop=crop, batch=IMAGES, workers=0)]
-    )
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
