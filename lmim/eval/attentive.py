@@ -157,11 +157,12 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[st
         results = {}
         for subject in case.subjects:
             (counted,) = check_readings([reading], subject, "eval.layer")
-            results[subject.name] = _of_subject(case, subject, counted)
+            results[subject.name] = of_subject(case, subject, counted)
     return case.record("attentive", results)
 
 
-def _of_subject(case: Case, subject: Subject, reading: Reading) -> dict[str, Any]:
+def of_subject(case: Case, subject: Subject, reading: Reading) -> dict[str, Any]:
+    """Train probes on a subject's tokens after a block and return accuracy and rate of the best; a collective."""
     config, device = case.config, case.topology.device
     rates = config.probe.attentive_learning_rates
     train = Tokens(case, subject, reading, case.train)

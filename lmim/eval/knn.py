@@ -30,7 +30,7 @@ from lmim.eval.features import Features, Reading, Subject, check_readings, readi
 
 logger = logging.getLogger(__name__)
 CHUNK = 256  # queries at a time
-MARGIN = 32  # candidates beyond k, among which fp64 and ties may change the order
+MARGIN = 32  # candidates beyond k, among which fp64 and ties may change the order; more equal images are not seen
 TIE = 1e-6  # of distances between features of length 1; float rounding moves them by 3e-7
 RESULTS_FILE = "knn.json"
 

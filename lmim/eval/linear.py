@@ -38,16 +38,19 @@ class Head(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The heads of one feature: weights (H, D, C) and biases (H, 1, C), and what features are brought to before."""
+    """The heads of one feature: weights (D, H, C) and biases (H, C), and what is taken off features before."""
 
     weights: Tensor
     biases: Tensor
     mean: Tensor
     std: Tensor
 
+    def standardized(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
     def logits(self, x: Tensor) -> Tensor:
-        """Return (H, B, C) of features (B, D)."""
-        return ((x - self.mean) / self.std) @ self.weights + self.biases
+        """Return (B, H, C) of features (B, D), by one product for all heads."""
+        return (self.standardized(x) @ self.weights.flatten(1)).unflatten(1, self.biases.shape) + self.biases
 
 
 def fit(x: Tensor, labels: Tensor, classes: int, rates: list[float], probe: ProbeConfig, seed: int,
@@ -59,36 +62,37 @@ def fit(x: Tensor, labels: Tensor, classes: int, rates: list[float], probe: Prob
         std, mean = torch.std_mean(x.double(), dim=0, correction=0)
         std = torch.where(std > 1e-6 * std.max(), std, 1).float()  # what never varies says nothing
         mean = mean.float()
-    heads = Trained(torch.zeros(len(rates), dim, classes, device=device),
-                    torch.zeros(len(rates), 1, classes, device=device), mean.to(device), std.to(device))  # fmt: skip
-    peak_H11 = torch.tensor(rates, device=device)[:, None, None] * probe.batch / 256
+    heads = Trained(torch.zeros(dim, len(rates), classes, device=device),
+                    torch.zeros(len(rates), classes, device=device), mean.to(device), std.to(device))  # fmt: skip
+    peak_H1 = torch.tensor(rates, device=device)[:, None] * probe.batch / 256
     velocity_w, velocity_b = torch.zeros_like(heads.weights), torch.zeros_like(heads.biases)
     generator = torch.Generator().manual_seed(seed)
     steps_per_epoch = math.ceil(n / probe.batch)
-    total = probe.epochs * steps_per_epoch
-    for epoch in range(probe.epochs):
+    epochs = max(probe.epochs, math.ceil(probe.least_steps / steps_per_epoch))
+    total = epochs * steps_per_epoch
+    for epoch in range(epochs):
         dist.progress()
         for step, rows in enumerate(torch.randperm(n, generator=generator).split(probe.batch)):
             batch, targets = x[rows].to(device), F.one_hot(labels[rows], classes).to(device)
-            batch = (batch - heads.mean) / heads.std
             # the gradient of the mean cross-entropy, by hand: softmax less one-hot
-            error_HBC = ((batch @ heads.weights + heads.biases).softmax(dim=-1) - targets) / len(rows)
-            rate_H11 = peak_H11 * 0.5 * (1 + math.cos(math.pi * (epoch * steps_per_epoch + step) / total))
-            velocity_w.mul_(MOMENTUM).add_(batch.T @ error_HBC + probe.weight_decay * heads.weights)
-            velocity_b.mul_(MOMENTUM).add_(error_HBC.sum(dim=1, keepdim=True))
-            heads.weights.sub_(rate_H11 * velocity_w)
-            heads.biases.sub_(rate_H11 * velocity_b)
+            error_BHC = (heads.logits(batch).softmax(dim=-1) - targets[:, None]) / len(rows)
+            gradient_DHC = (heads.standardized(batch).T @ error_BHC.flatten(1)).view_as(heads.weights)
+            rate_H1 = peak_H1 * 0.5 * (1 + math.cos(math.pi * (epoch * steps_per_epoch + step) / total))
+            velocity_w.mul_(MOMENTUM).add_(gradient_DHC + probe.weight_decay * heads.weights)
+            velocity_b.mul_(MOMENTUM).add_(error_BHC.sum(dim=0))
+            heads.weights.sub_(rate_H1 * velocity_w)
+            heads.biases.sub_(rate_H1 * velocity_b)
     return heads
 
 
 def accuracies(heads: Trained, x: Tensor, labels: Tensor) -> list[float]:
     """Return each head's accuracy (0 to 1) on features (n, D); 0 for a head that diverged."""
     device = heads.weights.device
-    correct = torch.zeros(len(heads.weights), device=device)
+    correct = torch.zeros(len(heads.biases), device=device)
     for rows, targets in zip(x.split(CHUNK), labels.split(CHUNK), strict=True):
-        logits_HBC = heads.logits(rows.to(device))
-        correct += (logits_HBC.argmax(dim=-1) == targets.to(device)).sum(dim=1)
-    finite = heads.weights.isfinite().all(dim=(1, 2)) if len(heads.weights) else correct > 0
+        logits_BHC = heads.logits(rows.to(device))
+        correct += (logits_BHC.argmax(dim=-1) == targets.to(device)[:, None]).sum(dim=0)
+    finite = heads.weights.isfinite().all(dim=2).all(dim=0)
     return (correct * finite / len(x)).tolist()
 
 
