@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lmim.config import Config, ConfigError, model_dimensions, validate
+from lmim.config import VARIANTS, Config, ConfigError, model_dimensions, validate
 from lmim.data.loader import open_data
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology, discover, fail, init, shutdown
@@ -94,10 +94,16 @@ def opened(config: Config, source: Path, which: str, readings: list[Reading], op
 
 
 def _heads(config: Config, weights: Weights) -> int | None:
-    """Return the configuration's number of heads where the source says none and the widths are the same."""
-    dims = model_dimensions(config.model)
-    return dims["num_heads"] if not weights.sizes["num_heads"] and dims["embed_dim"] == weights.sizes["embed_dim"] \
-        else None  # fmt: skip
+    """Return the configuration's number of heads where the source says none; None where its width does."""
+    dims, width = model_dimensions(config.model), weights.sizes["embed_dim"]
+    if weights.sizes["num_heads"]:
+        return None
+    if dims["embed_dim"] == width:
+        return dims["num_heads"]
+    if width not in {variant["embed_dim"] for variant in VARIANTS.values()}:
+        raise ConfigError(f"{weights.path} does not tell its number of attention heads (width {width}): set "
+                          f"model.embed_dim={width} and model.num_heads")  # fmt: skip
+    return None
 
 
 def _baselines(config: Config, subject: Subject, pixels: bool) -> list[Subject]:
