@@ -145,6 +145,9 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[st
             train = None
         if train is not None:
             check_classes(train, case.test)
+            if gallery_ids(len(train), config) is not None and case.topology.is_main:
+                logger.warning("the gallery is %d of %d training images (eval.gallery_images)",
+                               config.eval.gallery_images, len(train))  # fmt: skip
         results = {subject.name: _of_subject(case, subject, train) for subject in case.subjects}
     found = case.record("knn", results)
     folder = Path(config.run.folder)

@@ -6,9 +6,10 @@ feature stacked in one tensor (as DINOv2 does, arXiv:2304.07193). The best on a 
 judged on the evaluation images, which choose nothing.
 
 With `probe.batch_norm` features are standardised over the training images: batch norm without scale and shift (MAE,
-arXiv:2111.06377, A.1), whose running statistics are exact here, as features do not change. SGD is
-what published probes use, and what it misses is part of their numbers: on features of an untrained encoder, whose
-variances lie a factor 5e5 apart, it ended 0.65 points under the optimum of the same loss, on trained ones within 0.15.
+arXiv:2111.06377, A.1), whose running statistics are exact here, as features do not change.
+SGD is what published probes use, and what it misses is part of their numbers: on features of an untrained encoder,
+whose variances lie a factor 5e5 apart, it ended 0.65 points under the optimum of the same loss, on trained ones within
+0.15.
 
 The invariant: heads differ in nothing but feature and rate (they start at zero and see the same batches), so ranks may
 train some each.
