@@ -2,6 +2,9 @@
 
     lmim train CONFIG [section.key=value ...]        pretrain; under a launcher or alone; started again it goes on
     lmim eval knn CONFIG [section.key=value ...]     nearest-neighbour accuracy beside raw pixels and a random encoder
+    lmim eval linear CONFIG                          linear probe: learning rates, poolings and blocks tried together
+    lmim eval attentive CONFIG                       attentive probe: a learned query over the patch tokens
+    lmim eval fewshot CONFIG                         ridge or logistic regression on a few images a class
     lmim eval segment CONFIG [section.key=value ...] clusters of images' patch tokens as pictures, and mIoU with masks
     lmim eval davis CONFIG [section.key=value ...]   video object segmentation by label propagation on DAVIS-2017
     lmim export SOURCE [DESTINATION --format F]      weights of any format as another's; alone: what SOURCE holds
@@ -19,11 +22,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lmim import __version__
 from lmim.checkpoint import SaveError
-from lmim.config import ConfigError, load_config
+from lmim.config import ConfigError, load_config, neighbours_of
 from lmim.data.datasets import open_source
 from lmim.data.loader import DataError
 from lmim.data.shards import INDEX, ShardIndex
@@ -70,17 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluations = commands.add_parser("eval", help="evaluate a checkpoint").add_subparsers(
         required=True, metavar="WHAT"
     )
-    for name, run, words in (
-        ("knn", _eval_knn, "nearest-neighbour accuracy by both protocols"),
-        ("segment", _eval_segment, "cluster images' patch tokens, draw them, measure mIoU where masks are given"),
-        ("davis", _eval_davis, "carry masks through videos by the tokens' likeness, measure J and F"),
-    ):
-        command = evaluations.add_parser(name, help=words)
-        _add_config(command)
-        command.add_argument("--checkpoint", type=Path, help="weights of any format; default: run.folder")
-        command.add_argument("--which", choices=("online", "target"), default="online",
-                             help="encoder (default: online)")  # fmt: skip
-        command.set_defaults(run=run)
+    _add_evaluation(evaluations, "knn", _eval_knn, "nearest-neighbour accuracy by both protocols")
+    _add_evaluation(evaluations, "linear", _eval_probe, "accuracy of a linear probe on frozen features")
+    _add_evaluation(evaluations, "attentive", _eval_probe, "accuracy of an attentive probe on frozen patch tokens")
+    _add_evaluation(evaluations, "fewshot", _eval_fewshot, "accuracy with a few labelled images a class")
+    _add_evaluation(evaluations, "segment", _eval_segment,
+                    "cluster images' patch tokens, draw them, measure mIoU where masks are given")  # fmt: skip
+    _add_evaluation(evaluations, "davis", _eval_davis,
+                    "carry masks through videos by the tokens' likeness, measure J and F")  # fmt: skip
 
     command = commands.add_parser("plan", help="tell what fits a GPU, and how fast it would go")
     _add_config(command)
@@ -123,6 +125,14 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
+def _add_evaluation(evaluations: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> None:
+    command = evaluations.add_parser(name, help=help)
+    _add_config(command)
+    command.add_argument("--checkpoint", type=Path, help="whatever `lmim export` reads; default: run.folder")
+    command.add_argument("--which", choices=("online", "target"), default="online", help="encoder (default: online)")
+    command.set_defaults(run=run, evaluation=name)
+
+
 def _train(parsed: argparse.Namespace) -> int:
     return train(load_config(parsed.config, parsed.overrides))
 
@@ -134,10 +144,47 @@ def _eval_knn(parsed: argparse.Namespace) -> int:
     results = evaluate_checkpoint(config, parsed.checkpoint or Path(config.run.folder), parsed.which)
     if results is None:
         return 0  # another rank prints
-    print(f"{'features':18} {'leave-one-out 1-NN (released)':>32} {f'gallery {config.eval.k}-NN (common)':>24}")
+    ks = neighbours_of(config.eval)
+    columns = {"gallery" if len(ks) == 1 else f"gallery_{k}": f"gallery {k}-NN (common)" for k in ks}
+    print(f"{'features':18} {'leave-one-out 1-NN (released)':>32}" + "".join(f" {c:>24}" for c in columns.values()))
     for name, accuracy in results.items():
-        gallery = "no labels" if accuracy["gallery"] is None else f"{100 * accuracy['gallery']:.2f} %"
-        print(f"{name:18} {100 * accuracy['leave_one_out']:30.2f} % {gallery:>24}")
+        votes = (accuracy.get(column) for column in columns)
+        words = ("no labels" if share is None else f"{100 * share:.2f} %" for share in votes)
+        print(f"{name:18} {100 * accuracy['leave_one_out']:30.2f} %" + "".join(f" {word:>24}" for word in words))
+    print(json.dumps(results))
+    return 0
+
+
+def _eval_probe(parsed: argparse.Namespace) -> int:
+    from lmim.eval import attentive, linear
+
+    config = load_config(parsed.config, parsed.overrides)
+    evaluate = dict(linear=linear, attentive=attentive)[parsed.evaluation].evaluate_checkpoint
+    results = evaluate(config, parsed.checkpoint or Path(config.run.folder), parsed.which)
+    if results is None:
+        return 0  # another rank prints
+    print(f"{'features':18} {'accuracy':>10} {'held out':>10}  chosen by the held-out training images")
+    for name, found in results.items():
+        setting = ", ".join(f"{key} {found[key]}".replace("_", " ") for key in ("layer", "pooling", "learning_rate")
+                            if key in found)  # fmt: skip
+        print(f"{name:18} {100 * found['accuracy']:8.2f} % {100 * found['held_out']:8.2f} %  {setting}")
+    print(json.dumps(results))
+    return 0
+
+
+def _eval_fewshot(parsed: argparse.Namespace) -> int:
+    from lmim.eval.fewshot import evaluate_checkpoint
+
+    config = load_config(parsed.config, parsed.overrides)
+    results = evaluate_checkpoint(config, parsed.checkpoint or Path(config.run.folder), parsed.which)
+    if results is None:
+        return 0  # another rank prints
+    probe = config.probe
+    print(f"{probe.classifier}, {probe.trials} draws, mean and 95 % interval; training images a class:")
+    print(f"{'features':18}" + "".join(f" {shots:>18}" for shots in probe.shots))
+    for name, by_shots in results.items():
+        cells = (f"{100 * found['accuracy']:.2f} ± {100 * found['interval']:.2f} %" for found in by_shots.values())
+        print(f"{name:18}" + "".join(f" {cell:>18}" for cell in cells))
     print(json.dumps(results))
     return 0
 

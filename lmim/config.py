@@ -146,10 +146,43 @@ class LogConfig:
 @dataclass
 class EvalConfig:
     knn_every: str = "10%"  # leave-one-out accuracy on data.eval while training; 0st: never
+    gallery_every: str = "0st"  # accuracy on data.eval of neighbours in data.train while training; 0st: never
+    fewshot_every: str = "0st"  # few-shot ridge accuracy while training, by the options of `probe`; 0st: never
+    encoders: list[str] = field(default_factory=lambda: ["online"])  # judged while training: online, target, or both
     resize: Optional[int] = None  # px of the short side; empty: the crop · 256 / 224
+    crop: Optional[int] = None  # px of the centre; empty: the encoder's cells · its patch side
     batch: int = 250  # images per forward
-    k: int = 20  # gallery protocol: neighbours that vote
+    layer: int = -1  # whose block's tokens are read; -1: the last's
+    pooling: str = "patch_mean"  # or class_token, class_patch_mean (one beside the other), predictor
+    norm: bool = False  # tokens pass the encoder's last norm first; as released they do not
+    k: Any = 20  # gallery protocol: neighbours that vote, or a list of such numbers
     temperature: float = 0.07  # gallery protocol: votes weigh exp(cosine / temperature)
+    gallery_images: Optional[int] = None  # of data.train that make the gallery, evenly spread; empty: all
+    baselines: list[str] = field(default_factory=lambda: ["pixels", "random"])  # evaluated beside the encoder; []: none
+    cache: str = ""  # folder that keeps features by content, for the next evaluation; empty: none
+    cache_gb: float = 20.0  # most that it holds; what was used longest ago goes first
+
+
+@dataclass
+class ProbeConfig:
+    layers: list[int] = field(default_factory=lambda: [-1])  # linear: tried together, as are poolings and rates
+    poolings: list[str] = field(default_factory=lambda: ["patch_mean", "class_token", "class_patch_mean"])
+    # linear: of a batch of 256
+    learning_rates: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5])
+    batch_norm: bool = True  # linear: features are standardised before the layer, without learned scale (MAE)
+    epochs: int = 10  # linear; on ImageNet-1K 12,510 steps of 1024, as DINOv2's probe
+    least_steps: int = 4000  # linear: more epochs where there are fewer steps
+    batch: int = 1024
+    weight_decay: float = 0.0
+    held_out: float = 0.1  # share of data.train that chooses among what was tried
+    attentive_learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])  # attentive: AdamW's
+    attentive_epochs: int = 20
+    attentive_batch: int = 256
+    memory_gb: float = 4.0  # attentive: a rank's tokens are kept if they need no more; else encoded in every epoch
+    shots: list[int] = field(default_factory=lambda: [1, 5, 10])  # fewshot: training images a class
+    trials: int = 10  # fewshot: draws of them
+    classifier: str = "ridge"  # fewshot: ridge, or logistic
+    l2: Optional[float] = None  # fewshot: penalty; empty: a tenth of the features' width for ridge, 1 for logistic
 
 
 @dataclass
@@ -205,6 +238,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     davis: DavisConfig = field(default_factory=DavisConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -216,9 +250,10 @@ class Config:
 NEUTRAL = ("run.folder", "run.name", "run.resume_from", "run.init_from", "run.time_limit_minutes", "data.train",
            "data.eval", "data.micro_batch", "data.workers", "data.crop_size", "data.max_bad_fraction", "data.cache",
            "data.cache_gb", "data.timeout_s", "data.retry_minutes", "data.allow_pipe", "optim.max_skipped_steps",
-           "precision.gather", "parallel.", "log.", "eval.", "segment.", "davis.", "health.",
+           "precision.gather", "parallel.", "log.", "eval.", "probe.", "segment.", "davis.", "health.",
            "checkpoint.")  # fmt: skip
 
+POOLINGS = ("patch_mean", "class_token", "class_patch_mean", "predictor")
 CHOICES = {
     "model.variant": tuple(VARIANTS),
     "objective.loss": ("infonce", "norm_l2", "mse", "l1", "smooth_l1", "cosine"),
@@ -232,6 +267,11 @@ CHOICES = {
     "parallel.backend": ("deepspeed", "fsdp", "local"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "log.wandb": ("off", "online", "offline"),
+    "eval.encoders": ("online", "target"),
+    "eval.pooling": POOLINGS,
+    "eval.baselines": ("pixels", "random"),
+    "probe.poolings": POOLINGS,
+    "probe.classifier": ("ridge", "logistic"),
     "segment.linkage": ("ward", "average"),
     "health.on_spike": ("off", "warn", "stop"),
     "health.on_collapse": ("off", "warn", "stop"),
@@ -242,13 +282,19 @@ POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_si
             "data.micro_batch", "data.block_shards", "data.weights", "data.lanes", "data.cache_gb",
             "data.timeout_s", "data.retry_minutes", "optim.base_lr", "optim.eps",
             "parallel.timeout_minutes", "parallel.shard_ranks", "optim.max_skipped_steps",
-            "eval.resize", "eval.batch", "eval.k", "eval.temperature", "segment.size", "segment.clusters",
-            "davis.short_side", "davis.top_k", "davis.temperature", "checkpoint.keep")  # fmt: skip
+            "eval.resize", "eval.crop", "eval.batch", "eval.temperature", "eval.gallery_images", "eval.cache_gb",
+            "probe.learning_rates", "probe.epochs", "probe.least_steps", "probe.batch",
+            "probe.attentive_learning_rates", "probe.attentive_epochs", "probe.attentive_batch", "probe.memory_gb",
+            "probe.shots", "probe.trials", "probe.l2", "segment.size", "segment.clusters", "davis.short_side",
+            "davis.top_k", "davis.temperature", "checkpoint.keep")  # fmt: skip
 NOT_NEGATIVE = ("run.seed", "run.time_limit_minutes", "model.patch_gap", "model.projector_depth",
                 "objective.similarity_weight", "data.workers", "optim.weight_decay", "optim.clip_norm",
-                "segment.count", "segment.pictures", "davis.past_frames", "davis.neighbourhood")  # fmt: skip
+                "probe.weight_decay", "segment.count", "segment.pictures", "davis.past_frames",
+                "davis.neighbourhood")  # fmt: skip
 UNIT_INTERVAL = ("objective.momentum", "optim.floor", "data.crop_scale", "data.max_bad_fraction")
-BELOW_ONE = ("model.drop_path", "model.dropout", "optim.betas")
+BELOW_ONE = ("model.drop_path", "model.dropout", "optim.betas", "probe.held_out")
+NOT_EMPTY = ("eval.encoders", "probe.layers", "probe.poolings", "probe.learning_rates",
+             "probe.attentive_learning_rates", "probe.shots", "segment.clusters")  # fmt: skip
 MAX_SOURCES = 256  # with weights: their turns are counted in 1024ths
 MAX_GRID = 256  # cells a side that `draw_views` can number
 MAX_SEED = 2**63 - 1
@@ -451,11 +497,14 @@ def validate(config: Config, world_size: int) -> Split:
     _check_ranges(flat)
     _check_model(config)
     _check_data(config.data)
+    _check_eval(config)
     for key in (
         "optim.duration",
         "optim.warmup",
         "log.every",
         "eval.knn_every",
+        "eval.gallery_every",
+        "eval.fewshot_every",
         "health.patience",
         "checkpoint.every",
         "checkpoint.keep_every",
@@ -468,8 +517,9 @@ def validate(config: Config, world_size: int) -> Split:
 
 def _check_choices(flat: dict[str, Any]) -> None:
     for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            raise ConfigError(f"{key} ({flat[key]}) must be one of {', '.join(map(str, allowed))}")
+        of = flat[key]
+        if any(one not in allowed for one in (of if isinstance(of, list) else [of])):
+            raise ConfigError(f"{key} ({of}) must be one of {', '.join(map(str, allowed))}")
 
 
 def _check_ranges(flat: dict[str, Any]) -> None:
@@ -491,8 +541,9 @@ def _check_ranges(flat: dict[str, Any]) -> None:
     for key, most in (("run.seed", MAX_SEED), ("model.grid_size", MAX_GRID)):
         if flat[key] > most:
             raise ConfigError(f"{key} ({flat[key]}) must be at most {most}")
-    if not flat["segment.clusters"]:
-        raise ConfigError("segment.clusters is empty: give one number at least, such as [3, 4, 5]")
+    for key in NOT_EMPTY:
+        if not flat[key]:
+            raise ConfigError(f"{key} is empty: give one value at least, such as {flatten(Config())[key]}")
     for key in ("optim.betas", "data.crop_scale", "data.crop_ratio"):
         if len(flat[key]) != 2 or (key != "optim.betas" and not 0 < flat[key][0] <= flat[key][1]):
             raise ConfigError(
@@ -519,11 +570,6 @@ def _check_model(config: Config) -> None:
             f"objective.num_visible ({visible}) must leave two of the {model.grid_size} x {model.grid_size} = {cells} "
             f"cells (model.grid_size) masked: at most {cells - 2}"
         )
-    view = model.grid_size * dims["patch_size"]
-    if config.eval.resize is not None and config.eval.resize < view:
-        raise ConfigError(
-            f"eval.resize ({config.eval.resize}) must be at least the centre crop, grid_size x patch_size = {view}"
-        )
     needed = crop_size(model)
     if config.data.crop_size not in (None, needed):
         raise ConfigError(
@@ -546,6 +592,19 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(f"data.weights: {len(data.weights)} sources are more than {MAX_SOURCES}: shard some together")
     if data.lanes > data.global_batch:
         raise ConfigError(f"data.lanes ({data.lanes}) must be at most data.global_batch ({data.global_batch})")
+
+
+def _check_eval(config: Config) -> None:
+    evaluation, probe = config.eval, config.probe
+    if not neighbours_of(evaluation) or any(type(k) is not int or k < 1 for k in neighbours_of(evaluation)):
+        raise ConfigError(f"eval.k ({evaluation.k}) must be a number above 0, or a list of such: [1,20]")
+    if probe.held_out <= 0:
+        raise ConfigError(f"probe.held_out ({probe.held_out}) must be above 0: it chooses among the learning rates")
+
+
+def neighbours_of(evaluation: EvalConfig) -> list[Any]:
+    """Return the numbers of neighbours that vote, as a list."""
+    return evaluation.k if isinstance(evaluation.k, list) else [evaluation.k]
 
 
 def _check_parallel(config: Config, world_size: int) -> None:

@@ -217,12 +217,17 @@ def barrier() -> None:
         torch.distributed.all_reduce(torch.zeros(1))
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Return the mean of a tensor over all ranks."""
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum of a tensor over all ranks."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.all_reduce(values)
-        values = values / torch.distributed.get_world_size()
     return values
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Return the mean of a tensor over all ranks."""
+    values = sum_over_ranks(values)
+    return values / torch.distributed.get_world_size() if torch.distributed.is_initialized() else values
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from torch import Tensor
 
 from lmim import checkpoint, convert, pickles, store
 from lmim.config import VARIANTS, ConfigError, model_dimensions
-from lmim.vit import NORM_EPS, VisionTransformer, resized_positions
+from lmim.vit import NORM_EPS, CrossDecoder, VisionTransformer, resized_positions
 
 SIZES_KEY = "lmim"  # of a .safetensors file's metadata, and the name of a DCP folder's extra file
 SIZES_FILE = "lmim.json"
 # Where `torch.save`d dictionaries keep the weights: the authors' code, MAE, DeiT, timm; DINO's teacher.
 _STATE_KEYS = ("state_dict", "model", "module", "model_state_dict", "teacher")
+RELEASED_DECODER_HEADS = 16
 _TRANSFORMERS_MODELS = ("vit", "vit_mae", "vit_msn")
 
 
@@ -49,6 +50,7 @@ class Weights:
     sizes: dict[str, Any]  # arguments of VisionTransformer; `num_heads` is None where the source does not tell
     left_out: tuple[str, ...] = ()  # names there that belong to no encoder, target or decoder
     changed: tuple[str, ...] = ()  # what was done to the tensors, in words
+    decoder: dict[str, Any] = field(default_factory=dict)  # arguments of CrossDecoder that its tensors do not tell
 
     def encoder(self, which: str) -> dict[str, Tensor]:
         """Return one encoder's state dict, "online" or "target"; raises ConfigError if the source has none such."""
@@ -90,6 +92,38 @@ def build_encoder(
             encoder = VisionTransformer(**dict(sizes, grid_size=grid))
     encoder.load_state_dict(state, assign=True)
     return encoder.requires_grad_(True).eval()
+
+
+def build_decoder(weights: Weights, *, grid: int | None = None) -> CrossDecoder:
+    """Return the trained decoder of `weights` in evaluation mode, with the positions of `grid` cells a side.
+
+    A checkpoint of `lmim train` tells its heads and whether it has visual cues; of other sources the released code's
+    16 heads and cues are assumed. Raises ConfigError where there is no decoder.
+    """
+    state = {k.removeprefix("decoder."): v for k, v in weights.tensors.items() if k.startswith("decoder.")}
+    if not state:
+        raise ConfigError(f"{weights.path} ({weights.kind}) holds no decoder, which the pooling predictor reads "
+                          "through: take eval.pooling=patch_mean or class_token")  # fmt: skip
+    said = dict(num_heads=RELEASED_DECODER_HEADS) | weights.decoder
+    try:
+        dim, encoder_dim = state["embed.weight"].shape
+        cells = state["pos_embed"].shape[1] - 1
+        trained = round(max(cells, 0) ** 0.5)
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+        depth = len(_numbers(r"blocks\.(\d+)\..*", state))
+        if trained**2 != cells or dim % said["num_heads"]:
+            raise ValueError(f"{cells} positions, width {dim}, {said['num_heads']} heads")
+        side = grid or trained
+        if side != trained:
+            state["pos_embed"] = resized_positions(state["pos_embed"], trained, (side, side))
+        with torch.device("meta"):
+            decoder = CrossDecoder(grid_size=side, encoder_dim=encoder_dim, embed_dim=dim, depth=depth,
+                                   mlp_ratio=_ratio(hidden, dim), **said)  # fmt: skip
+        decoder.load_state_dict(state, assign=True)
+    except (KeyError, ValueError, RuntimeError) as error:
+        words = " ".join(str(error).split())
+        raise ConfigError(f"{weights.path}: its decoder is not one of Latent MIM: {words}") from error
+    return decoder.eval()
 
 
 def heads_of(weights: Weights, num_heads: int | None = None) -> int:
@@ -148,12 +182,14 @@ def _read_checkpoint(path: Path) -> Weights:
     if found is None:
         raise ConfigError(f"{path} holds no complete checkpoint")
     tensors, model = checkpoint.load_weights(found), checkpoint.config_of(found).model
+    decoder = dict(num_heads=model.decoder_num_heads, visual_cues=model.visual_cues,
+                   learnable_positions=model.learnable_positions)  # fmt: skip
     sizes = sizes_of(tensors, found) | {
         "num_heads": model_dimensions(model)["num_heads"],
         "norm_eps": NORM_EPS,
         "learnable_positions": model.learnable_positions,
     }
-    return Weights(found, "checkpoint of lmim train", tensors, sizes)
+    return Weights(found, "checkpoint of lmim train", tensors, sizes, decoder=decoder)
 
 
 def describe(weights: Weights) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lmim.config import (
     validate,
 )
 from lmim.data.loader import Batch, DataError, open_data, open_stream, train_batches
-from lmim.eval.knn import check_labels, online_accuracy
+from lmim.eval import in_loop
 from lmim.health import Health
 from lmim.metrics import (
     EVAL_FILE,
@@ -79,7 +79,8 @@ class Plan:
         # 0st: only at the end, or when the run is stopped
         self.checkpoint_every = self.steps(config.checkpoint.every, "checkpoint.every") or self.total_steps
         self.keep_every = self.steps(config.checkpoint.keep_every, "checkpoint.keep_every")
-        self.knn_every = self.steps(config.eval.knn_every, "eval.knn_every")
+        self.evaluate_every = {name: self.steps(getattr(config.eval, f"{name}_every"), f"eval.{name}_every")
+                               for name in in_loop.EVALUATIONS}  # fmt: skip
 
     def steps(self, duration: str, key: str) -> int:
         total = getattr(self, "total_steps", 0)
@@ -91,6 +92,11 @@ class Plan:
     def due(self, done: int, every: int) -> bool:
         """Tell whether what comes every so many steps comes after `done` of them; it always does after the last."""
         return every > 0 and (done % every == 0 or done == self.total_steps)
+
+    def evaluations(self, done: int | None = None) -> list[str]:
+        """Return which evaluations come after so many steps; without a number, which come at all."""
+        return [name for name, every in self.evaluate_every.items()
+                if (every > 0 if done is None else self.due(done, every))]  # fmt: skip
 
 
 class Run:
@@ -115,8 +121,7 @@ class Run:
             raise ConfigError(f"data.tail (drop) leaves nothing of {len(self.train_index)} images, which are less than "
                               f"data.global_batch ({data.global_batch}): take carry or repeat")  # fmt: skip
         self.plan = Plan(self.config, stream.epoch_samples)
-        if self.eval_index is not None and self.plan.knn_every:
-            check_labels(self.eval_index, "data.eval")
+        in_loop.check(self.plan.evaluations(), self.config, self.train_index, self.eval_index)
 
     def build(self) -> Backend:
         self.backend.prepare(lambda: LatentMIM(self.config.model, self.config.objective))
@@ -210,24 +215,27 @@ class Run:
             )
 
     def evaluate(self, done: int, stop: StopRequest) -> bool:
-        """Measure leave-one-out accuracy after `done` steps, and tell whether it was: a stop leaves it out.
+        """Evaluate what is due after `done` steps, and tell whether it was done: a stop leaves it out.
 
-        The row carries the last finished step, −1 before any.
+        The row carries the last finished step, −1 before any; a target encoder's values have `target_` in front.
         """
-        if self.eval_index is None or not self.plan.knn_every:
+        names = self.plan.evaluations(done)
+        if self.eval_index is None or not names:
             return True
-        with self.backend.infer("online") as encoder:
-            accuracy = online_accuracy(encoder, self.eval_index, self.config, self.topology, stop.agreed)
-        if accuracy is None:
-            return False
+        row = dict(step=done - 1, epoch=round(done / self.plan.steps_per_epoch, 4))
+        for which in self.config.eval.encoders:
+            with self.backend.infer(which) as encoder:
+                found = in_loop.evaluate(names, encoder, self.train_index, self.eval_index, self.config, self.topology,
+                                         stop.agreed)  # fmt: skip
+            if found is None:
+                return False
+            row |= {name if which == "online" else f"{which}_{name}": value for name, value in found.items()}
         if self.topology.is_main:
-            row = dict(
-                step=done - 1, epoch=round(done / self.plan.steps_per_epoch, 4), knn_leave_one_out=round(accuracy, 5)
-            )
+            values = ((name, value) for name, value in row.items() if name not in ("step", "epoch"))
+            logger.info("step %d  %s", done, ", ".join(f"{name} {100 * value:.1f} %" for name, value in values))
             self.evals.write(row)
             if self.wandb and done:
                 self.wandb.write(row)
-            logger.info("step %d  leave-one-out nearest neighbour %.1f %%", done, 100 * accuracy)
         return True
 
     def evaluated(self, done: int) -> bool:
@@ -307,7 +315,7 @@ def _steps(run: Run, backend: Backend, start: int, stop: StopRequest) -> int:
     )  # fmt: skip
     run.open_sinks(start)
     try:
-        evaluated = start > 0 and (not plan.due(start, plan.knn_every) or run.evaluated(start))
+        evaluated = start > 0 and (not plan.evaluations(start) or run.evaluated(start))
         stopping = not evaluated and not run.evaluate(start, stop)
         run.meters.restart_clock()
         for step in range(start, plan.total_steps):
@@ -325,10 +333,10 @@ def _steps(run: Run, backend: Backend, start: int, stop: StopRequest) -> int:
 
             done = step + 1
             stopping = stop.agreed() and done < plan.total_steps
-            pause = stopping or plan.due(done, plan.knn_every) or plan.due(done, plan.checkpoint_every)
+            pause = stopping or bool(plan.evaluations(done)) or plan.due(done, plan.checkpoint_every)
             if pause or plan.due(done, plan.log_every):
                 run.flush()
-            if plan.due(done, plan.knn_every) and not stopping:
+            if not stopping:
                 stopping = not run.evaluate(done, stop)
             if stopping or plan.due(done, plan.checkpoint_every):
                 run.save(done)

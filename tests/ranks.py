@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -24,6 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lmim import dist
 from lmim.checkpoint import Position, Saver, load_optimizer, load_pieces, load_weights, newest, position_of
 from lmim.config import Config, load_config, validate
+from lmim.data.loader import open_data
+from lmim.eval import attentive, fewshot, knn, linear
+from lmim.eval.case import Case
+from lmim.eval.features import Reading, Subject, check_readings, eval_sizes
 from lmim.objective import LatentMIM
 from lmim.parallel import Backend, build_backend
 from lmim.patches import Views
@@ -284,7 +289,37 @@ def _memory(field: str) -> int:
     return int(status[field].split()[0]) * 1024
 
 
-JOBS = {job.__name__: job for job in (train, freshness, not_a_number, communication, build)}
+def _case(settings: list[str], topology: dist.Topology) -> Case:
+    config = tiny_config(settings)
+    encoder = LatentMIM(config.model, config.objective).online
+    encoder.init_weights(0)
+    subject = Subject("random", encoder.eval())
+    train, test = open_data(config, topology)
+    return Case(config, topology, [subject], eval_sizes(config, encoder), train, test, Path(), "online", None)
+
+
+def evaluations(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
+    """Run every evaluation of an untrained encoder and return its accuracies, and which images had features."""
+    probes = ["probe.least_steps=60", "probe.epochs=1", "probe.attentive_epochs=2", "probe.attentive_batch=50",
+              "probe.shots=[1,3]", "probe.trials=3"]  # fmt: skip
+    case = _case([*probes, *settings], topology)
+    (subject,), config = case.subjects, case.config
+    readings = check_readings([Reading(), Reading(pooling="class_token")], subject, "eval.layer")
+    train, test = (case.features(subject, readings, index) for index in (case.train, case.test))
+    found = dict(ids=train.ids, **knn.protocols(test, train, readings[0], config, topology))
+    support = case.features(subject, readings, case.train, fewshot.support_ids(case.train, config))
+    by_shots = fewshot.accuracies(test, support, readings[0], case.train.labels(), config, topology)
+    found["fewshot"] = [value for values in by_shots.values() for value in values]
+    probed = linear.probe_features(train, test, readings, config, topology)
+    found["linear"] = [probed["accuracy"], *(head["held_out"] for head in probed["heads"])]
+    probed = attentive.of_subject(case, subject, readings[0])
+    found["attentive"] = [probed["accuracy"], probed["held_out"]]
+    few = case.features(subject, readings, case.train, np.arange(3))
+    found |= {"few ids": few.ids, "few": few.by(readings[0])}
+    return found
+
+
+JOBS = {job.__name__: job for job in (train, freshness, not_a_number, communication, build, evaluations)}
 
 
 def main(jobs: Path, folder: Path) -> None:
