@@ -175,11 +175,13 @@ def _one_line(error: BaseException) -> str:
 
 
 def complete(run_folder: Path) -> list[Path]:
-    """Return the run's complete checkpoints, oldest first."""
+    """Return the run's complete checkpoints, oldest first; raises OSError where that cannot be told."""
     folder = run_folder / "checkpoints"
     try:
         names = sorted(os.listdir(folder))  # a glob takes a folder that cannot be read for an empty one
     except (FileNotFoundError, NotADirectoryError):
+        if folder.is_symlink():  # to a disk that is not mounted
+            raise
         names = []
     return [folder / name for name in names if re.fullmatch(r"step-\d{8}", name) and (folder / name / STATE).is_file()]
 

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -472,7 +473,10 @@ def changed_options(old: Config, new: Config, *, neutral: bool = False) -> list[
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    with temporary.open("w") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave an empty file in the place of the old one
     temporary.replace(path)
 
 

@@ -106,6 +106,8 @@ def format_of(destination: Path) -> str | None:
 def _refuse_mistakes(destination: Path, format: str, which: str | None, grid: int | None) -> None:
     if format not in SUFFIXES:
         raise ConfigError(f"format ({format}) must be one of {', '.join(SUFFIXES)}")
+    if destination.name in ("", ".."):
+        raise ConfigError(f"{destination} is a folder that exists: end it in the name of what shall be written")
     if SUFFIXES[format] and destination.suffix != SUFFIXES[format]:
         raise ConfigError(f"{destination} must end in {SUFFIXES[format]} to be of format {format}")
     if format in WHOLE and (which is not None or grid is not None):

@@ -120,7 +120,10 @@ class JsonLines:
     def __init__(self, path: Path, start_step: int):
         kept = [row for row in read_rows(path) if start_step and row["step"] < start_step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with temporary.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave an empty file in the place of the old one
         temporary.replace(path)
         self._file, self._late = path.open("ab", buffering=0), b""
 

@@ -105,7 +105,11 @@ def _check_data(position: checkpoint.Position, path: Path, config: Config, data_
 
 def newest_whole(run_folder: Path, topology: dist.Topology) -> Path | None:
     """Return a run's newest checkpoint that is not damaged; a collective."""
-    found = dist.gather_objects(checkpoint.complete(run_folder) if topology.is_main else [])[0]
+    try:
+        found = dist.gather_objects(checkpoint.complete(run_folder) if topology.is_main else [])[0]
+    except OSError as error:
+        raise ConfigError(f"the checkpoints of {run_folder} cannot be read ({error.strerror}): is their disk "
+                          "mounted?") from error  # fmt: skip
     for path in reversed(found):
         wrong = _damage(path, topology)
         if wrong is None:

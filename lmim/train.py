@@ -26,6 +26,7 @@ from lmim.config import (
     validate,
 )
 from lmim.data.loader import Batch, DataError, open_data, open_stream, train_batches
+from lmim.data.storage import StorageError
 from lmim.eval import in_loop
 from lmim.health import Health
 from lmim.metrics import (
@@ -350,7 +351,7 @@ def _steps(run: Run, backend: Backend, start: int, stop: StopRequest) -> int:
             return STOPPED
         run.mark_done()
         return DONE
-    except (TrainingError, DataError):
+    except (TrainingError, DataError, StorageError):
         run.saver.finish()  # else the checkpoint in hand would be lost with this process
         raise
     finally:

@@ -190,6 +190,8 @@ def test_a_place_that_cannot_be_written_gets_one_line(tmp_path):
         (["x", "--format", "timm", "--num-heads", "5"], "must divide"),
         (["x", "--format", "timm", "--num-heads", "4", "--grid", "-1"], "must be at least 1"),
         (["there.safetensors"], "exists"),
+        ([".", "--format", "dcp"], "a folder that exists"),
+        (["new/..", "--format", "dcp"], "a folder that exists"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch, arguments, words):

@@ -214,3 +214,22 @@ def test_a_skipped_image_that_cannot_be_written_down_ends_no_run(tmp_path, caplo
     unreadable = UnreadableLog(tmp_path, 0)
     unreadable.write(3, 7, "broken JPEG")
     assert unreadable.images == 1 and "it lacks image 7" in caplog.text
+
+
+def test_what_takes_the_place_of_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
+    """A power cut after the renaming could otherwise leave an empty log or configuration."""
+    from lmim.config import Config, save_config
+    from lmim.metrics import JsonLines
+
+    synced, placed, sync, replace = {}, {}, os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.update({os.fstat(fd).st_ino: os.fstat(fd).st_size}) or sync(fd))
+
+    def placing(self, target):
+        placed[target.name] = synced.get(self.stat().st_ino) == self.stat().st_size > 0
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", placing)
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    JsonLines(tmp_path / "log.jsonl", 1).close()
+    save_config(Config(), tmp_path / "config.yaml")
+    assert placed == {"log.jsonl": True, "config.yaml": True}

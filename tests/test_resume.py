@@ -166,6 +166,22 @@ def test_the_mark_of_a_complete_run_goes_where_the_run_goes_on(shards, tmp_path)
     assert main(command) == 0 and json.loads((tmp_path / "run" / "done.json").read_text())["steps"] == 3
 
 
+def test_checkpoints_on_a_disk_that_is_not_mounted_are_not_taken_for_none(shards, tmp_path, capsys):
+    """Else the run would begin anew, and its log too."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "share"
+    command = train_command(shards, folder, "parallel.backend=local", "optim.duration=2st")[3:]
+    assert main(command) == 0
+    (folder / "checkpoints").rename(elsewhere)
+    (folder / "checkpoints").symlink_to(elsewhere)
+    log = (folder / "log.jsonl").read_text()
+    elsewhere.rename(tmp_path / "away")
+    assert main(command) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: the checkpoints of {folder} cannot be read") and "mounted" in line
+    (tmp_path / "away").rename(elsewhere)
+    assert main(command) == 0 and (folder / "log.jsonl").read_text() == log
+
+
 def test_a_disk_that_is_full_at_the_start_is_one_line(shards, tmp_path, capsys, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
