@@ -68,10 +68,10 @@ def script(browser, code: str):
     return browser.execute_script(code)
 
 
-def scrolls_sideways(browser) -> bool:
-    """Tell whether the page is wider than the window; on a phone the window grows with it, and the screen does not."""
-    return script(browser, "const e = document.documentElement; return e.scrollWidth > Math.min(e.clientWidth, "
-                  "screen.width)")  # fmt: skip
+def scrolls_sideways(browser, width: int) -> bool:
+    """Tell whether the page is wider than the window of that width; a phone's window grows with what is in it."""
+    seen = script(browser, "const e = document.documentElement; return [e.scrollWidth, e.clientWidth]")
+    return seen[0] > min(seen[1], width)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -80,7 +80,7 @@ def test_every_part_is_there(browser, run_folder, width, scheme):
     page = run_folder / "report.html"
     open_page(browser, page, width, scheme)
     assert script(browser, "return innerWidth") == width
-    assert not scrolls_sideways(browser)
+    assert not scrolls_sideways(browser, width)
     boxes = script(browser, "return [...document.querySelectorAll('section[id]')].map(s => {"
                    "const b = s.getBoundingClientRect(); return [s.id, b.left, b.right, b.height]})")  # fmt: skip
     assert [box[0] for box in boxes] == PARTS
@@ -105,9 +105,9 @@ def test_every_part_is_there(browser, run_folder, width, scheme):
 def test_what_is_wide_scrolls_in_its_own_box(browser, run_folder):
     open_page(browser, run_folder / "report.html", 390)
     script(browser, "document.querySelector('h1').style.minWidth = '500px'")
-    assert scrolls_sideways(browser), "the check is blind"
+    assert scrolls_sideways(browser, 390), "the check is blind"
     open_page(browser, run_folder / "report.html", 390)
-    assert not scrolls_sideways(browser)
+    assert not scrolls_sideways(browser, 390)
     boxes = script(browser, "return [...document.querySelectorAll('.wide')].filter(b => b.clientWidth).map("
                    "b => [b.scrollWidth > b.clientWidth, getComputedStyle(b).overflowX])")  # fmt: skip
     assert any(scrolls for scrolls, _ in boxes) and {overflow for _, overflow in boxes} == {"auto"}
@@ -158,7 +158,7 @@ def test_nothing_that_a_file_holds_runs(browser, tmp_path):
         open_page(browser, folder / "report.html", width)  # an alert would make the next line fail
         assert browser.title == f"{NASTY} · Latent MIM"
         assert script(browser, "return document.querySelector('h1').textContent") == NASTY
-        assert not scrolls_sideways(browser)
+        assert not scrolls_sideways(browser, width)
         assert browser.get_log("browser") == []
         assert requests(browser) == [(folder / "report.html").resolve().as_uri()]
 
@@ -179,7 +179,7 @@ def test_several_runs(browser, run_folder, tmp_path):
     assert main(["report", str(run_folder), str(other)]) == 0
     for width in (1280, 390):
         open_page(browser, run_folder / "comparison.html", width)
-        assert not scrolls_sideways(browser)
+        assert not scrolls_sideways(browser, width)
         assert len(script(browser, "return [...document.querySelectorAll('#chart-loss .curve.c1')]")) == 2  # and legend
         assert browser.get_log("browser") == []
 
@@ -190,5 +190,5 @@ def test_a_run_that_has_hardly_begun(browser, tmp_path):
     for width in (1280, 390):
         open_page(browser, tmp_path / "report.html", width)
         assert script(browser, "return [...document.querySelectorAll('section[id]')].map(s => s.id)") == PARTS
-        assert not scrolls_sideways(browser)
+        assert not scrolls_sideways(browser, width)
         assert browser.get_log("browser") == []
