@@ -516,7 +516,7 @@ def test_token_maps_are_drawn_as_they_are(tmp_path):
     image, points = rng.integers(0, 256, (28, 28, 3), np.uint8), rng.normal(size=(12, 2)) * (3, 1)
     labels = {count: np.arange(12).reshape(3, 4) % count for count in CLUSTER_COUNTS}
     history = read_history(write_run(tmp_path, rows_of(20)))
-    page = Parsed(run_page(history, charts(history), [TokenMaps(image, labels, points)], ""))
+    page = Parsed(run_page(history, charts(history), [TokenMaps(image, labels, points, np.arange(len(points)))], ""))
     shown = [pixels_of(attributes["src"]) for attributes in page.all("img")]
     np.testing.assert_array_equal(shown[0], image)
     table = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in figures.CLUSTER_COLOURS]

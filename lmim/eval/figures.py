@@ -129,7 +129,7 @@ def _tsne(maps: Sequence[TokenMaps]) -> Any:
     for (image, scatter), of_image in zip(panels.T, maps, strict=True):
         labels = of_image.labels[CLUSTER_COUNTS[-1]]
         image.imshow(of_image.image)
-        scatter.scatter(*of_image.points.T, c=cluster_colours(labels.ravel()) / 255, s=3, linewidths=0)
+        scatter.scatter(*of_image.points.T, c=cluster_colours(labels.ravel()[of_image.chosen]) / 255, s=3, linewidths=0)
         scatter.set_box_aspect(1)
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])

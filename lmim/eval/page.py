@@ -189,7 +189,7 @@ def _map(n: int, maps: TokenMaps) -> dict[str, Any]:
     finest = maps.labels[CLUSTER_COUNTS[-1]]
     return dict(
         number=n, image=inline(maps.image), labels={c: inline(cluster_colours(maps.labels[c])) for c in CLUSTER_COUNTS},
-        tsne=_scatter(maps.points, finest.ravel()), cells=f"{finest.shape[0]} × {finest.shape[1]}",
+        tsne=_scatter(maps.points, finest.ravel()[maps.chosen]), cells=f"{finest.shape[0]} × {finest.shape[1]}",
     )  # fmt: skip
 
 

@@ -16,14 +16,13 @@ from lmim.data.loader import UNREADABLE, DataError, eval_batches, open_shards
 from lmim.data.shards import ShardIndex
 from lmim.data.storage import StorageError
 from lmim.dist import discover
-from lmim.eval.clusters import patch_tokens, ward_clusters
+from lmim.eval.clusters import patch_tokens, tsne_points, ward_clusters
 from lmim.eval.features import eval_sizes
 from lmim.eval.history import History
 from lmim.formats import load_encoder
 
 CLUSTER_COUNTS = [3, 4, 5]
 IMAGES = 8
-PERPLEXITY = 30.0
 
 
 class TokenMaps(NamedTuple):
@@ -31,7 +30,8 @@ class TokenMaps(NamedTuple):
 
     image: np.ndarray  # uint8 (S, S, 3)
     labels: dict[int, np.ndarray]  # number of clusters: labels (rows, cols) from 0
-    points: np.ndarray  # t-SNE (rows · cols, 2)
+    points: np.ndarray  # t-SNE (m, 2)
+    chosen: np.ndarray  # which of the rows · cols tokens the points are (m,)
 
 
 def token_maps(history: History) -> tuple[list[TokenMaps], str]:
@@ -69,12 +69,4 @@ def _some_images(index: ShardIndex, config: Config) -> torch.Tensor:
 
 def _maps(image: torch.Tensor, tokens: torch.Tensor) -> TokenMaps:
     labels = dict(zip(CLUSTER_COUNTS, ward_clusters(tokens, CLUSTER_COUNTS), strict=True))
-    return TokenMaps(image.permute(1, 2, 0).numpy(), labels, tsne(tokens.flatten(0, 1).numpy()))
-
-
-def tsne(tokens: np.ndarray) -> np.ndarray:
-    """Return t-SNE coordinates (n, 2) of tokens (n, D), the same each time."""
-    from sklearn.manifold import TSNE
-
-    perplexity = min(PERPLEXITY, (len(tokens) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=0, n_jobs=1).fit_transform(tokens)
+    return TokenMaps(image.permute(1, 2, 0).numpy(), labels, *tsne_points(tokens.flatten(0, 1).numpy()))
