@@ -184,6 +184,7 @@ def command(weights: Path, folder: Path, data_set: Path, *settings: str) -> list
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_the_command_runs_alone_and_on_ranks_alike(weights, data_set, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     figures, masks = [], []

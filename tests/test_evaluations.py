@@ -98,6 +98,7 @@ def test_the_loop_gives_what_the_commands_give(run_folder, capsys):
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_two_ranks_of_a_launcher_print_what_one_does(run_folder, capsys):
     alone = evaluated(capsys, "linear", run_folder)
     command = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port",

@@ -95,6 +95,7 @@ def test_ties_go_to_the_lower_number_however_features_are_rounded():
 # --- linear ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_linear_probe_is_within_half_a_point_of_logistic_regression(real):
     """Scikit-learn's as it comes: C = 1 is a weight decay of 1 / n. Standardised features of the same images."""
     train, test = real
@@ -245,6 +246,7 @@ def by_ranks(shards, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_ranks_or_batches(by_ranks):
     reference = by_ranks["1"]
     assert reference["ids"].tolist() == list(range(300))  # once each, in order
@@ -257,6 +259,7 @@ def test_nothing_depends_on_ranks_or_batches(by_ranks):
             assert found[key] == pytest.approx(reference[key], abs=1e-4), (name, key)
 
 
+@pytest.mark.slow
 def test_fewer_images_than_ranks(by_ranks):
     alone = by_ranks["1"]["few"]
     assert len(by_ranks) == 3 + 2 + 4

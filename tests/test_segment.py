@@ -270,6 +270,7 @@ def command(weights: Path, folder: Path, *settings: str) -> list[str]:
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_the_command_runs_alone_and_on_ranks_alike(weights, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     rows = []
