@@ -330,6 +330,7 @@ def main(jobs: Path, folder: Path) -> None:
             outcome = JOBS[job["do"]](job["settings"], topology, **job.get("options", {}))
             torch.save(outcome, folder / f"{job['name']}.rank{topology.rank}.pt")
             gc.collect()
+            torch.compiler.reset()  # several backends' graphs would go beyond what torch compiles of one function
     finally:
         dist.shutdown()
 
