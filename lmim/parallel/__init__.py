@@ -122,10 +122,12 @@ def prepare_blocks(model: LatentMIM, config: Config) -> None:
     for part in (model.online, model.target, model.decoder):
         for block in part.blocks:
             block.compile(**how)
-    for encoder in (model.online, model.target):
-        encoder.projector.compile(**how)
-    between = [(model, ("patches", "compare")), (model.online, ("embed",)), (model.target, ("embed",)),
-               (model.decoder, ("enter", "leave"))]  # fmt: skip
+    between = [(model, ("patches", "compare"))]
+    if not (config.parallel.backend == "deepspeed" and config.parallel.zero_stage == 3):
+        # ZeRO-3 gathers by hooks of every layer, between which there is little to compile
+        between += [(model.online, ("embed",)), (model.target, ("embed",)), (model.decoder, ("enter", "leave"))]
+        for encoder in (model.online, model.target):
+            encoder.projector.compile(**how)
     for module, methods in between:
         for method in methods:
             setattr(module, method, torch.compile(getattr(module, method), **how))
