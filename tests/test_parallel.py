@@ -179,6 +179,7 @@ def test_the_target_is_fresh_with_compile_and_checkpointing(outcomes, settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [[], [RECOMPUTE], [COMPILE], [COMPILE, RECOMPUTE]])
+@pytest.mark.timeout(900)
 def test_drop_path_dropout_and_clipping_work_on_every_backend(outcomes, reference, settings):
     expected = reference(tuple(FEATURES))
     assert expected["losses"] != pytest.approx(reference(("model.depth=3",))["losses"], rel=1e-3), "they did nothing"
