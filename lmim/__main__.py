@@ -5,6 +5,7 @@
     lmim eval linear CONFIG                          linear probe: learning rates, poolings and blocks tried together
     lmim eval attentive CONFIG                       attentive probe: a learned query over the patch tokens
     lmim eval fewshot CONFIG                         ridge or logistic regression on a few images a class
+    lmim eval finetune CONFIG [section.key=value ...]  the encoder trained on with labels; started again it goes on
     lmim eval segment CONFIG [section.key=value ...] clusters of images' patch tokens as pictures, and mIoU with masks
     lmim eval davis CONFIG [section.key=value ...]   video object segmentation by label propagation on DAVIS-2017
     lmim export SOURCE [DESTINATION --format F]      weights of any format as another's; alone: what SOURCE holds
@@ -36,7 +37,7 @@ from lmim.data.storage import StorageError
 from lmim.export import SUFFIXES, export, format_of
 from lmim.forecast import GPUS, IMAGENET_IMAGES, Cluster, plan, print_plan
 from lmim.formats import describe, read_weights
-from lmim.train import TrainingError, train
+from lmim.train import DONE, TrainingError, train
 
 OTHER_RANKS_WAIT_S = 3.0
 
@@ -79,10 +80,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluation(evaluations, "linear", _eval_probe, "accuracy of a linear probe on frozen features")
     _add_evaluation(evaluations, "attentive", _eval_probe, "accuracy of an attentive probe on frozen patch tokens")
     _add_evaluation(evaluations, "fewshot", _eval_fewshot, "accuracy with a few labelled images a class")
+    _add_evaluation(evaluations, "finetune", _eval_finetune, "accuracy of the encoder trained on with labels (MAE)")
     _add_evaluation(evaluations, "segment", _eval_segment,
                     "cluster images' patch tokens, draw them, measure mIoU where masks are given")  # fmt: skip
     _add_evaluation(evaluations, "davis", _eval_davis,
                     "carry masks through videos by the tokens' likeness, measure J and F")  # fmt: skip
+
+    command = evaluations.add_parser("finetune", help="accuracy of the encoder trained on with labels, as in MAE")
+    _add_config(command)
+    command.add_argument("--checkpoint", type=Path, help="anything that `lmim export` reads; default: run.folder")
+    command.add_argument("--which", choices=("online", "target"), default="online", help="encoder (default: online)")
+    command.set_defaults(run=_eval_finetune)
 
     command = commands.add_parser("plan", help="tell what fits a GPU, and how fast it would go")
     _add_config(command)
@@ -225,6 +233,23 @@ def _eval_davis(parsed: argparse.Namespace) -> int:
         print("masks written; no video has annotations beyond the first, so nothing is measured")
     print(json.dumps(figures))
     return 0
+
+
+def _eval_finetune(parsed: argparse.Namespace) -> int:
+    from lmim.eval.finetune import finetune_config, outcome
+
+    config = load_config(parsed.config, parsed.overrides)
+    made = finetune_config(config, parsed.checkpoint, parsed.which)
+    code = train(made)
+    results = outcome(made, Path(config.run.folder)) if code == DONE else None
+    if results is None:
+        return code  # it was stopped, or another rank prints
+    print(f"{'fine-tuned':18} {'epochs':>8} {'top-1':>10} {'top-5':>10}")
+    for name, found in results.items():
+        shares = "".join(f" {100 * found[key]:8.2f} %" for key in ("top1", "top5") if key in found)
+        print(f"{name:18} {found['epochs']:8g}{shares}")
+    print(json.dumps(results))
+    return DONE
 
 
 def _plan(parsed: argparse.Namespace) -> int:

@@ -39,6 +39,7 @@ class ConfigError(ValueError):
 @dataclass
 class RunConfig:
     folder: str = "runs/latent_mim"  # config, logs, checkpoints and figures of this run
+    task: str = "pretrain"  # or finetune, as `lmim eval finetune` sets it for a run of its own
     name: str = ""  # shown by wandb; empty: the folder's last part
     seed: int = 0  # weights, order of samples, crops, flips, gaps and masks follow from it
     resume_from: str = ""  # another run's folder or checkpoint to go on from, where this run has none of its own
@@ -214,6 +215,36 @@ class DavisConfig:
 
 
 @dataclass
+class FinetuneConfig:
+    """MAE's recipe for ViT-B; `lmim eval finetune` makes a run's other sections of it."""
+
+    folder: str = ""  # of the run that fine-tunes; empty: finetune/online (or target, scratch) in run.folder
+    duration: str = "100ep"  # ViT-L and H: 50ep
+    warmup: str = "5ep"
+    base_lr: float = 5e-4  # the peak is base_lr · global_batch / 256; ViT-L and H: 1e-3
+    floor: float = 0.0  # share of the peak where the learning rate starts and ends
+    layer_decay: float = 0.65  # each block learns at so much of the next one's rate; ViT-L and H: 0.75
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    clip_norm: float = 0.0  # of the whole gradient; 0: no clipping
+    drop_path: float = 0.1  # ViT-L: 0.2, ViT-H: 0.3
+    pooling: str = "mean"  # of the patch tokens, with a norm of its own; or class: the class token
+    grid: Optional[int] = None  # cells a side; empty: as pretrained
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    randaugment: str = "rand-m9-mstd0.5-inc1"  # as timm writes it; empty: none
+    erasing: float = 0.25  # probability of erasing a rectangle
+    mixup: float = 0.8  # alpha of the mixing of two images; 0: none
+    cutmix: float = 1.0  # alpha of the pasting of one image into another, by turns with mixup; 0: none
+    label_smoothing: float = 0.1
+    evaluate_every: str = "10%"  # accuracy on data.eval
+    scratch: bool = False  # begin with new weights of `model`, to see what pretraining is worth
+    # the rest is set by `lmim eval finetune`, in the run that it makes
+    which: str = "online"  # encoder that is fine-tuned; or target, scratch
+    weights: str = ""  # their checksum
+    norm_eps: float = 1e-6  # of the encoder's norms
+
+
+@dataclass
 class HealthConfig:
     on_spike: str = "warn"  # the loss leaps up; off, warn, or stop
     on_collapse: str = "warn"  # targets become alike, in an image or at a position, or the loss stays at chance
@@ -242,6 +273,7 @@ class Config:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     davis: DavisConfig = field(default_factory=DavisConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -251,11 +283,14 @@ class Config:
 NEUTRAL = ("run.folder", "run.name", "run.resume_from", "run.init_from", "run.time_limit_minutes", "data.train",
            "data.eval", "data.micro_batch", "data.workers", "data.crop_size", "data.max_bad_fraction", "data.cache",
            "data.cache_gb", "data.timeout_s", "data.retry_minutes", "data.allow_pipe", "optim.max_skipped_steps",
-           "precision.gather", "parallel.", "log.", "eval.", "probe.", "segment.", "davis.", "health.",
+           "precision.gather", "parallel.", "log.", "eval.", "probe.", "finetune.", "segment.", "davis.", "health.",
            "checkpoint.")  # fmt: skip
+# Of these, what a fine-tuning run does change by: all of its section but where it lies and when it is looked at.
+FINETUNE_NEUTRAL = ("finetune.folder", "finetune.evaluate_every")
 
 POOLINGS = ("patch_mean", "class_token", "class_patch_mean", "predictor")
 CHOICES = {
+    "run.task": ("pretrain", "finetune"),
     "model.variant": tuple(VARIANTS),
     "objective.loss": ("infonce", "norm_l2", "mse", "l1", "smooth_l1", "cosine"),
     "objective.target_input": ("masked", "all"),
@@ -267,6 +302,8 @@ CHOICES = {
     "precision.gather": ("fp32", "bf16"),
     "parallel.backend": ("deepspeed", "fsdp", "local"),
     "parallel.zero_stage": (0, 1, 2, 3),
+    "finetune.pooling": ("mean", "class"),
+    "finetune.which": ("online", "target", "scratch"),
     "log.wandb": ("off", "online", "offline"),
     "eval.encoders": ("online", "target"),
     "eval.pooling": POOLINGS,
@@ -287,15 +324,20 @@ POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_si
             "probe.learning_rates", "probe.epochs", "probe.least_steps", "probe.batch",
             "probe.attentive_learning_rates", "probe.attentive_epochs", "probe.attentive_batch", "probe.memory_gb",
             "probe.shots", "probe.trials", "probe.l2", "segment.size", "segment.clusters", "davis.short_side",
-            "davis.top_k", "davis.temperature", "checkpoint.keep")  # fmt: skip
+            "davis.top_k", "davis.temperature", "finetune.base_lr", "finetune.layer_decay", "finetune.grid",
+            "finetune.norm_eps", "checkpoint.keep")  # fmt: skip
 NOT_NEGATIVE = ("run.seed", "run.time_limit_minutes", "model.patch_gap", "model.projector_depth",
                 "objective.similarity_weight", "data.workers", "optim.weight_decay", "optim.clip_norm",
                 "probe.weight_decay", "segment.count", "segment.pictures", "davis.past_frames",
-                "davis.neighbourhood")  # fmt: skip
-UNIT_INTERVAL = ("objective.momentum", "optim.floor", "data.crop_scale", "data.max_bad_fraction")
-BELOW_ONE = ("model.drop_path", "model.dropout", "optim.betas", "probe.held_out")
+                "davis.neighbourhood", "finetune.weight_decay", "finetune.clip_norm", "finetune.mixup",
+                "finetune.cutmix")  # fmt: skip
+UNIT_INTERVAL = ("objective.momentum", "optim.floor", "data.crop_scale", "data.max_bad_fraction", "finetune.floor",
+                 "finetune.crop_scale", "finetune.erasing", "finetune.layer_decay")  # fmt: skip
+BELOW_ONE = ("model.drop_path", "model.dropout", "optim.betas", "probe.held_out", "finetune.betas",
+             "finetune.drop_path", "finetune.label_smoothing")  # fmt: skip
 NOT_EMPTY = ("eval.encoders", "probe.layers", "probe.poolings", "probe.learning_rates",
              "probe.attentive_learning_rates", "probe.shots", "segment.clusters")  # fmt: skip
+RANDAUGMENT = r"rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?|-t[a-z]+)*"  # of timm
 MAX_SOURCES = 256  # with weights: their turns are counted in 1024ths
 MAX_GRID = 256  # cells a side that `draw_views` can number
 MAX_SEED = 2**63 - 1
@@ -449,10 +491,13 @@ def crop_size(model: ModelConfig) -> int:
 def result_options(config: Config) -> dict[str, Any]:
     """Return the options that affect the result, by dotted key: what a resumed run may not change."""
     dims = {f"model.{key}": value for key, value in model_dimensions(config.model).items()}
+    neutral = NEUTRAL
+    if config.run.task == "finetune":
+        neutral = tuple(name for name in NEUTRAL if name != "finetune.") + FINETUNE_NEUTRAL
     kept = {
         k: v
         for k, v in flatten(config).items()
-        if not any(k == n or (n[-1] == "." and k.startswith(n)) for n in NEUTRAL)
+        if not any(k == n or (n[-1] == "." and k.startswith(n)) for n in neutral)
     }
     return {**kept, **dims}
 
@@ -509,14 +554,19 @@ def validate(config: Config, world_size: int) -> Split:
         "eval.knn_every",
         "eval.gallery_every",
         "eval.fewshot_every",
+        "finetune.duration",
+        "finetune.warmup",
+        "finetune.evaluate_every",
         "health.patience",
         "checkpoint.every",
         "checkpoint.keep_every",
     ):
-        total = 0 if key == "optim.duration" else 100
+        total = 0 if key.endswith(".duration") else 100
         duration_steps(flat[key], steps_per_epoch=1.0, total_steps=total, key=key)
     _check_parallel(config, world_size)
-    return _split(config, world_size)
+    split = _split(config, world_size)
+    _check_finetune(config, split)
+    return split
 
 
 def _check_choices(flat: dict[str, Any]) -> None:
@@ -548,8 +598,8 @@ def _check_ranges(flat: dict[str, Any]) -> None:
     for key in NOT_EMPTY:
         if not flat[key]:
             raise ConfigError(f"{key} is empty: give one value at least, such as {flatten(Config())[key]}")
-    for key in ("optim.betas", "data.crop_scale", "data.crop_ratio"):
-        if len(flat[key]) != 2 or (key != "optim.betas" and not 0 < flat[key][0] <= flat[key][1]):
+    for key in ("optim.betas", "finetune.betas", "data.crop_scale", "data.crop_ratio", "finetune.crop_scale"):
+        if len(flat[key]) != 2 or (not key.endswith(".betas") and not 0 < flat[key][0] <= flat[key][1]):
             raise ConfigError(
                 f"{key} ({flat[key]}) must be two numbers, the smaller first, such as {flatten(Config())[key]}"
             )
@@ -637,6 +687,23 @@ def _check_parallel(config: Config, world_size: int) -> None:
             f"precision.gather ({precision.gather}) and precision.reduce ({precision.reduce}) must be the same under "
             "DeepSpeed's ZeRO-3: set both alike, or take parallel.backend=fsdp"
         )
+
+
+def _check_finetune(config: Config, split: Split) -> None:
+    finetune = config.finetune
+    if finetune.randaugment and not re.fullmatch(RANDAUGMENT, finetune.randaugment):
+        raise ConfigError(f"finetune.randaugment ({finetune.randaugment}) must be written as timm does, such as "
+                          f"{FinetuneConfig().randaugment}, or empty")  # fmt: skip
+    if config.run.task != "finetune":
+        return
+    if config.model.patch_gap:
+        raise ConfigError("run.task (finetune) is set by `lmim eval finetune`, with all that goes with it: start that")
+    if config.data.decoder == "nvjpeg":
+        raise ConfigError("data.decoder (nvjpeg) makes crops on the GPU, and fine-tuning augments them before: take "
+                          "turbo")  # fmt: skip
+    if (finetune.mixup or finetune.cutmix) and split.micro_batch % 2:
+        raise ConfigError(f"data.micro_batch ({split.micro_batch}) must be even for finetune.mixup and cutmix, which "
+                          "mix images two by two: set another, or both of these to 0")  # fmt: skip
 
 
 def _split(config: Config, world_size: int) -> Split:

@@ -26,8 +26,6 @@ from torch import Tensor
 
 from lmim.config import Config
 from lmim.dist import Topology, mean_over_ranks
-from lmim.objective import StepOutput
-from lmim.schedules import Hyper
 
 logger = logging.getLogger(__name__)
 LOG_FILE, EVAL_FILE, TEXT_FILE, UNREADABLE_FOLDER = "log.jsonl", "eval.jsonl", "train.log", "unreadable"
@@ -39,7 +37,8 @@ class Meters:
 
     def __init__(self, topology: Topology, global_batch: int):
         self.topology, self.global_batch = topology, global_batch
-        self._steps: list[tuple[int, float, Hyper]] = []
+        self._steps: list[tuple[int, float, dict[str, float]]] = []
+        self._names: tuple[str, ...] = ()
         self._values: list[Tensor] = []
         self._waited_s = 0.0
         self._skipped_here = 0
@@ -53,11 +52,12 @@ class Meters:
         """Count time spent waiting for data."""
         self._waited_s += seconds
 
-    def add(self, step: int, epoch: float, micros: list[StepOutput], hyper: Hyper, grad_norm: Tensor) -> None:
-        """Keep one step's values on the device: the means of its micro-batches and its gradient norm."""
+    def add(self, step: int, epoch: float, micros: list[Any], scheduled: dict[str, float], grad_norm: Tensor) -> None:
+        """Keep one step's values on the device: the means of its micro-batches' outputs, and its gradient norm."""
+        self._names = (*micros[0]._fields, "grad_norm")
         means = torch.stack([torch.stack(out).float() for out in micros]).mean(dim=0).detach()
         self._values.append(torch.cat([means, grad_norm.detach().float().reshape(1)]))
-        self._steps.append((step, epoch, hyper))
+        self._steps.append((step, epoch, scheduled))
 
     def flush(self) -> list[dict[str, Any]]:
         """Return the rows of all steps since the last flush; images/s and waiting are those steps' averages."""
@@ -72,11 +72,10 @@ class Meters:
             memory_gib=round(self._memory_gib(), 3),
             skipped_images=round(values[0][-1] * self.topology.world_size),
         )
-        names = (*StepOutput._fields, "grad_norm")
         rows = [
-            dict(step=step, epoch=round(epoch, 4), **dict(zip(names, row[:-1], strict=True)), lr=hyper.lr,
-                 momentum=hyper.momentum, similarity_target=hyper.similarity_target, **shared)
-            for (step, epoch, hyper), row in zip(self._steps, values, strict=True)
+            dict(step=step, epoch=round(epoch, 4), **dict(zip(self._names, row[:-1], strict=True)), **scheduled,
+                 **shared)
+            for (step, epoch, scheduled), row in zip(self._steps, values, strict=True)
         ]  # fmt: skip
         self._steps, self._values, self._waited_s = [], [], 0.0
         self._since = time.perf_counter()
@@ -185,14 +184,10 @@ class ProgressLine:
             self._task = self._bar.add_task("starting", total=total_steps, completed=start_step)
             self._bar.start()
 
-    def update(self, row: dict[str, Any]) -> None:
-        """Show the newest step's values."""
+    def update(self, row: dict[str, Any], told: str) -> None:
+        """Show the newest step's values; `told` are those that its task tells beside the loss."""
         done = row["step"] + 1
-        words = (
-            f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  similarity predictions "
-            f"{row['similarity_predictions']:.2f} visible {row['similarity_visible']:.2f} "
-            f"targets {row['similarity_targets']:.2f}  {row['images_per_second']:.0f} images/s"
-        )
+        words = f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  {told}  {row['images_per_second']:.0f} images/s"
         if self._bar:
             short = f"loss {row['loss']:.3f} {row['images_per_second']:.0f} images/s"  # fits 80 columns
             self._bar.update(self._task, completed=done, description=short)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmim.config import ModelConfig, ObjectiveConfig, model_dimensions
+from lmim.optim import parameter_groups
 from lmim.patches import Views, draw_views, gather_patches, imagenet, normalize_patches
 from lmim.vit import CrossDecoder, VisionTransformer, initial_values
 
@@ -90,6 +91,8 @@ def position_similarity(tokens_BMD: Tensor, cells_BM: Tensor, num_cells: int) ->
 class LatentMIM(nn.Module):
     """Online encoder, its EMA target and the decoder; `forward` is one micro-batch's loss."""
 
+    output = StepOutput
+
     def __init__(self, model: ModelConfig, objective: ObjectiveConfig):
         super().__init__()
         self.objective, self.model = objective, model
@@ -116,6 +119,30 @@ class LatentMIM(nn.Module):
             visual_cues=model.visual_cues,
             learnable_positions=model.learnable_positions,
         )
+
+    def parts(self) -> tuple[nn.Module, ...]:
+        """Return what is cut as a root of its own; each can then be lent alone."""
+        return self.online, self.target, self.decoder
+
+    def between_blocks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        """Return what else is worth compiling: modules, or some methods of them."""
+        return [
+            (self.online.projector, ()),
+            (self.target.projector, ()),
+            (self, ("patches", "compare")),
+            (self.online, ("embed",)),
+            (self.target, ("embed",)),
+            (self.decoder, ("enter", "leave")),
+        ]
+
+    def averages(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Return (name, target's weight, online encoder's weight that it follows)."""
+        pairs = zip(self.target.named_parameters(), self.online.parameters(), strict=True)
+        return [(name, target, online) for (name, target), online in pairs]
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Return AdamW's groups, by the authors' rule."""
+        return parameter_groups(self, weight_decay)
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole value) of every parameter and buffer; the target starts as a copy of the online encoder.

@@ -1,8 +1,8 @@
 """What a run goes on from, and whose its folder is.
 
-Owns the order of choices: the run's own newest whole checkpoint, then `run.resume_from`, then the weights of
-`run.init_from`, then scratch. The invariants: a damaged checkpoint is named and never loaded; what would change the
-result of a run that has begun is refused; a folder has one run at a time.
+Owns the order of choices: the run's own newest whole checkpoint, then `run.resume_from`, then what its task begins
+with: the weights of `run.init_from`, or scratch. The invariants: a damaged checkpoint is named and never loaded; what
+would change the result of a run that has begun is refused; a folder has one run at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from lmim import checkpoint, dist, formats, store
 from lmim.config import Config, ConfigError, Split, changed_options, load_config
 from lmim.objective import LatentMIM
-from lmim.parallel import Backend
+from lmim.parallel import Backend, Trainable
 from lmim.vit import resized_positions
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,9 @@ CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
 _PARTS = {"decoder": r"decoder\.", "projectors": r"\w+\.projector\."}  # of the model, which a source may lack
 
 
-def resume(config: Config, backend: Backend, split: Split, data_fingerprint: str, total_steps: int) -> int:
-    """Load what there is to go on from and return the step to go on with; a collective."""
+def resume(config: Config, backend: Backend, split: Split, data_fingerprint: str, total_steps: int, *,
+           build: Callable[[], Trainable], begin: Callable[[Backend], None]) -> int:  # fmt: skip
+    """Load what there is to go on from, else `begin`, and return the step to go on with; a collective."""
     run, path = config.run, newest_whole(Path(config.run.folder), backend.topology)
     if path is not None:
         refuse_changes(checkpoint.config_of(path), config, str(path))
@@ -40,8 +42,7 @@ def resume(config: Config, backend: Backend, split: Split, data_fingerprint: str
             raise ConfigError(f"run.resume_from ({path}) has taken {taken} steps, and optim.duration "
                               f"({config.optim.duration}) is {total_steps}: give a longer one")  # fmt: skip
     if path is None:
-        if run.init_from:
-            _begin_with(Path(run.init_from), config, backend)
+        begin(backend)
         return 0
     position = checkpoint.position_of(path)
     _check_data(position, path, config, data_fingerprint)
@@ -53,15 +54,15 @@ def resume(config: Config, backend: Backend, split: Split, data_fingerprint: str
             position.micro_batch,
         )
     with torch.device("meta"):
-        checkpoint.check_same_model(path, LatentMIM(config.model, config.objective))
+        checkpoint.check_same_model(path, build())
     checkpoint.load_pieces(path, backend.pieces())
     backend.loaded(position.optimizer_steps)
     logger.info("going on from %s, after step %d", path, position.step)
     return position.step
 
 
-def _begin_with(path: Path, config: Config, backend: Backend) -> None:
-    """Give the model the weights that `formats` reads from anywhere; the optimizer begins anew.
+def begin_with(path: Path, config: Config, backend: Backend) -> None:
+    """Give LatentMIM the weights that `formats` reads from anywhere; the optimizer begins anew.
 
     What the source lacks as a whole keeps its initial value: the decoder, the projectors. Where it holds one encoder,
     the target begins as a copy of it, as in a run from scratch.

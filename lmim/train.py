@@ -1,4 +1,6 @@
-"""Pretraining: build, resume, loop, finish. The only file that knows the order of things.
+"""Training: build, resume, loop, finish. The only file that knows the order of things.
+
+What is trained, by which data and measured how, is the task's to say: pretraining, or fine-tuning.
 
 The invariant: what step k computes is a function of the configuration, the data and k; so a run that was stopped and
 started again, on other ranks or workers, goes on as if it had never stopped.
@@ -10,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,14 @@ from lmim.config import (
     ConfigError,
     crop_size,
     duration_steps,
+    flatten,
     load_config,
     save_config,
     validate,
 )
 from lmim.data.loader import Batch, DataError, open_data, open_stream, train_batches
 from lmim.data.storage import StorageError
-from lmim.eval import in_loop
+from lmim.eval.finetune import Finetuning
 from lmim.health import Health
 from lmim.metrics import (
     EVAL_FILE,
@@ -41,13 +44,14 @@ from lmim.metrics import (
     read_rows,
     set_up_logging,
 )
-from lmim.objective import LatentMIM
 from lmim.parallel import Backend, build_backend
 from lmim.resume import CONFIG_FILE, check_run_folder, lock_run_folder, resume, tell_changes
 from lmim.schedules import Schedules
 from lmim.stop import StopRequest
+from lmim.task import Pretraining, Task
 
 logger = logging.getLogger(__name__)
+TASKS: dict[str, Callable[[Config], Task]] = {"pretrain": Pretraining, "finetune": Finetuning}  # by run.task
 DONE, STOPPED = 0, 75  # exit codes; 75 asks a scheduler to start the run again (EX_TEMPFAIL of sysexits.h)
 UNREADABLE_JUDGED_AFTER = 1000  # images; a share of fewer says little
 DONE_FILE, STOP_FILE, STACKS_FOLDER = "done.json", "stop", "stacks"
@@ -60,7 +64,7 @@ class TrainingError(Exception):  # no RuntimeError, as of a collective: all rank
 class Plan:
     """What follows from configuration and data: the number of steps, the schedules and when things are due."""
 
-    def __init__(self, config: Config, epoch_samples: int):
+    def __init__(self, config: Config, epoch_samples: int, evaluations: dict[str, str]):
         self.epoch_samples = epoch_samples
         self.steps_per_epoch = epoch_samples / config.data.global_batch
         self.total_steps = self.steps(config.optim.duration, "optim.duration")
@@ -80,8 +84,8 @@ class Plan:
         # 0st: only at the end, or when the run is stopped
         self.checkpoint_every = self.steps(config.checkpoint.every, "checkpoint.every") or self.total_steps
         self.keep_every = self.steps(config.checkpoint.keep_every, "checkpoint.keep_every")
-        self.evaluate_every = {name: self.steps(getattr(config.eval, f"{name}_every"), f"eval.{name}_every")
-                               for name in in_loop.EVALUATIONS}  # fmt: skip
+        options = flatten(config)
+        self.evaluate_every = {name: self.steps(options[key], key) for name, key in evaluations.items()}
 
     def steps(self, duration: str, key: str) -> int:
         total = getattr(self, "total_steps", 0)
@@ -108,6 +112,7 @@ class Run:
         self.folder = Path(config.run.folder)
         self.split = validate(config, topology.world_size)
         check_run_folder(config)
+        self.task = TASKS[config.run.task](config)
         self.backend = build_backend(config, topology, self.split)  # checks what only it knows
 
     def open_data(self) -> None:
@@ -121,11 +126,11 @@ class Run:
         if stream.epoch_samples == 0:
             raise ConfigError(f"data.tail (drop) leaves nothing of {len(self.train_index)} images, which are less than "
                               f"data.global_batch ({data.global_batch}): take carry or repeat")  # fmt: skip
-        self.plan = Plan(self.config, stream.epoch_samples)
-        in_loop.check(self.plan.evaluations(), self.config, self.train_index, self.eval_index)
+        self.plan = Plan(self.config, stream.epoch_samples, self.task.evaluations)
+        self.task.open(self.train_index, self.eval_index, self.plan.evaluations())
 
     def build(self) -> Backend:
-        self.backend.prepare(lambda: LatentMIM(self.config.model, self.config.objective))
+        self.backend.prepare(self.task.build)
         return self.backend
 
     def open_sinks(self, start: int) -> None:
@@ -171,7 +176,7 @@ class Run:
             if self.wandb:
                 self.wandb.write(row)
         if rows and self.topology.is_main:
-            self.progress.update(rows[-1])
+            self.progress.update(rows[-1], self.task.told(rows[-1]))
         for row in rows:
             self._check_finite(row)
             self._check_health(row)
@@ -218,22 +223,17 @@ class Run:
     def evaluate(self, done: int, stop: StopRequest) -> bool:
         """Evaluate what is due after `done` steps, and tell whether it was done: a stop leaves it out.
 
-        The row carries the last finished step, −1 before any; a target encoder's values have `target_` in front.
+        The row carries the last finished step, −1 before any.
         """
         names = self.plan.evaluations(done)
         if self.eval_index is None or not names:
             return True
-        row = dict(step=done - 1, epoch=round(done / self.plan.steps_per_epoch, 4))
-        for which in self.config.eval.encoders:
-            with self.backend.infer(which) as encoder:
-                found = in_loop.evaluate(names, encoder, self.train_index, self.eval_index, self.config, self.topology,
-                                         stop.agreed)  # fmt: skip
-            if found is None:
-                return False
-            row |= {name if which == "online" else f"{which}_{name}": value for name, value in found.items()}
+        found = self.task.evaluate(names, self.backend, self.train_index, self.eval_index, self.topology, stop.agreed)
+        if found is None:
+            return False
         if self.topology.is_main:
-            values = ((name, value) for name, value in row.items() if name not in ("step", "epoch"))
-            logger.info("step %d  %s", done, ", ".join(f"{name} {100 * value:.1f} %" for name, value in values))
+            logger.info("step %d  %s", done, ", ".join(f"{name} {100 * value:.1f} %" for name, value in found.items()))
+            row = dict(step=done - 1, epoch=round(done / self.plan.steps_per_epoch, 4), **found)
             self.evals.write(row)
             if self.wandb and done:
                 self.wandb.write(row)
@@ -270,7 +270,7 @@ def _is_finite(row: dict[str, Any]) -> bool:
 
 
 def train(config: Config | str | Path) -> int:
-    """Pretrain as the configuration (or its file) says and return 0 if the run is complete, 75 if it was stopped.
+    """Train as the configuration (or its file) says and return 0 if the run is complete, 75 if it was stopped.
 
     Runs on every rank of a launcher, or alone. The run folder then holds the configuration, `log.jsonl`, `eval.jsonl`,
     `train.log` and checkpoints; started again it goes on from the newest of those.
@@ -292,7 +292,8 @@ def train(config: Config | str | Path) -> int:
     try:
         run.open_data()
         backend = run.build()
-        start = resume(config, backend, run.split, run.train_index.fingerprint, run.plan.total_steps)
+        start = resume(config, backend, run.split, run.train_index.fingerprint, run.plan.total_steps,
+                       build=run.task.build, begin=run.task.begin)  # fmt: skip
         code = _steps(run, backend, start, stop)
         backend.close()
         return code
@@ -309,10 +310,10 @@ def train(config: Config | str | Path) -> int:
 
 def _steps(run: Run, backend: Backend, start: int, stop: StopRequest) -> int:
     """The loop."""
-    config, plan, split = run.config, run.plan, run.split
+    config, plan, split, task = run.config, run.plan, run.split, run.task
     batches = train_batches(
         config.data, run.train_index, seed=config.run.seed, size=crop_size(config.model), split=split,
-        topology=run.topology, start_step=start, total_steps=plan.total_steps,
+        topology=run.topology, start_step=start, total_steps=plan.total_steps, **task.loading(),
     )  # fmt: skip
     run.open_sinks(start)
     try:
@@ -327,10 +328,10 @@ def _steps(run: Run, backend: Backend, start: int, stop: StopRequest) -> int:
             outputs = []
             for micro in range(split.accumulate):
                 batch = next_batch(batches, run, step)
-                outputs.append(
-                    backend.forward_backward(batch.images, batch.keys, last_micro=micro == split.accumulate - 1)
-                )
-            run.meters.add(step, (step + 1) / plan.steps_per_epoch, outputs, hyper, backend.finish_step())
+                inputs = task.inputs(batch, hyper)
+                outputs.append(backend.forward_backward(*inputs, last_micro=micro == split.accumulate - 1))
+            scheduled = task.scheduled(hyper)
+            run.meters.add(step, (step + 1) / plan.steps_per_epoch, outputs, scheduled, backend.finish_step())
 
             done = step + 1
             stopping = stop.agreed() and done < plan.total_steps

@@ -217,11 +217,14 @@ class VisionTransformer(nn.Module):
         class_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(x_BKD), -1, -1)
         return torch.cat([class_B1D.to(x_BKD.dtype), x_BKD], dim=1)
 
-    def forward(self, patches_BKC: Tensor, cells_BK: Tensor, keys_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self, patches_BKC: Tensor, cells_BK: Tensor, keys_B: Tensor | None = None, *, norm: bool = True
+    ) -> Tensor:
+        """Return the tokens (B, 1 + K, D); without `norm`, as they leave the last block."""
         x_BTD = self.embed(patches_BKC, cells_BK)
         for block in self.blocks:
             x_BTD = run_block(block, self.recompute, x_BTD, block.noise1.draw(keys_B), block.noise2.draw(keys_B))
-        return self.projector(self.norm(x_BTD))
+        return self.projector(self.norm(x_BTD)) if norm else x_BTD
 
     def forward_intermediates(
         self, images_BCHW: Tensor, indices: int | list[int] | None = None, *, norm: bool = False

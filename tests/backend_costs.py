@@ -92,9 +92,8 @@ def measure(config: Config, topology: dist.Topology, steps: int = 2) -> dict[str
         with CountCollectives() as sent:
             backend.begin_step(HYPER)
             for micro in range(split.accumulate):
-                backend.forward_backward(
-                    images, torch.arange(split.micro_batch), last_micro=micro == split.accumulate - 1
-                )
+                inputs = (images, torch.arange(split.micro_batch), HYPER.similarity_target)
+                backend.forward_backward(*inputs, last_micro=micro == split.accumulate - 1)
             if step == steps - 1:
                 bytes_held = held(backend, config)
             backend.finish_step()

@@ -87,22 +87,23 @@ class Driver:
         self.backend: Backend = build_backend(self.config, topology, self.split)
         self.backend.prepare(lambda: LatentMIM(self.config.model, self.config.objective))
 
-    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, float]]:
         generator = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (GLOBAL_BATCH, 3, CROP, CROP), dtype=torch.uint8, generator=generator)
         keys = torch.arange(GLOBAL_BATCH) + GLOBAL_BATCH * step
         images, keys = images.to(self.topology.device), keys.to(self.topology.device)
         for micro in range(self.split.accumulate):
             start = (micro * self.topology.world_size + self.topology.rank) * self.split.micro_batch
-            yield images[start : start + self.split.micro_batch], keys[start : start + self.split.micro_batch]
+            here = slice(start, start + self.split.micro_batch)
+            yield images[here], keys[here], self.schedules.at(step).similarity_target
 
     def backward(self, step: int) -> float:
         """Do all of a step but its end, and return the loss over all ranks."""
         self.backend.begin_step(self.schedules.at(step))
         loss = torch.zeros((), device=self.topology.device)
-        for micro, (images, keys) in enumerate(self.micro_batches(step)):
+        for micro, inputs in enumerate(self.micro_batches(step)):
             last = micro == self.split.accumulate - 1
-            loss += self.backend.forward_backward(images, keys, last_micro=last).loss.detach() / self.split.accumulate
+            loss += self.backend.forward_backward(*inputs, last_micro=last).loss.detach() / self.split.accumulate
         return dist.mean_over_ranks(loss).item()
 
     def step(self, step: int) -> tuple[float, float]:
@@ -170,9 +171,9 @@ def freshness(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
     differences = []
     for momentum in (1.0, 0.0):
         driver.backend.begin_step(Hyper(lr=0.0, momentum=momentum, similarity_target=0.5))
-        for micro, (images, keys) in enumerate(driver.micro_batches(9)):
+        for micro, inputs in enumerate(driver.micro_batches(9)):
             last = micro == driver.split.accumulate - 1
-            driver.backend.forward_backward(images, keys, last_micro=last)
+            driver.backend.forward_backward(*inputs, last_micro=last)
         driver.backend.finish_step()
         differences.append((seen["online"] - seen["target"]).abs().max().item())
     driver.backend.close()
@@ -255,9 +256,9 @@ def communication(settings: list[str], topology: dist.Topology) -> dict[str, Any
     with Collectives() as of_ema:
         driver.backend.begin_step(driver.schedules.at(2))
     with Collectives() as of_step:
-        for micro, (images, keys) in enumerate(driver.micro_batches(2)):
+        for micro, inputs in enumerate(driver.micro_batches(2)):
             last = micro == driver.split.accumulate - 1
-            driver.backend.forward_backward(images, keys, last_micro=last)
+            driver.backend.forward_backward(*inputs, last_micro=last)
         driver.backend.finish_step()
     driver.backend.close()
     return dict(ema=dict(of_ema.bytes), step=dict(of_step.bytes), dtypes=dict(of_step.dtypes))

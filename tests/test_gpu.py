@@ -96,8 +96,8 @@ def test_no_step_waits_for_the_device(gpu, name, switches):
             torch.cuda.set_sync_debug_mode("error")
         try:
             driver.backend.begin_step(driver.schedules.at(step))
-            for number, (images, keys) in enumerate(micros):
-                driver.backend.forward_backward(images, keys, last_micro=number == len(micros) - 1)
+            for number, inputs in enumerate(micros):
+                driver.backend.forward_backward(*inputs, last_micro=number == len(micros) - 1)
             driver.backend.finish_step()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -29,8 +29,10 @@ def hundred_losses(shards, precision: str) -> list[float]:
                             topology=ALONE, start_step=0, total_steps=100)  # fmt: skip
     losses = []
     for step, batch in enumerate(batches):
-        backend.begin_step(schedules.at(step))
-        losses.append(backend.forward_backward(batch.images, batch.keys, last_micro=True).loss.item())
+        hyper = schedules.at(step)
+        backend.begin_step(hyper)
+        out = backend.forward_backward(batch.images, batch.keys, hyper.similarity_target, last_micro=True)
+        losses.append(out.loss.item())
         backend.finish_step()
     assert all(p.dtype == torch.float32 for p in backend.model.parameters())
     return losses

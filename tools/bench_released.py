@@ -56,13 +56,12 @@ class ReleasedBackend:
         for theirs, ours in zip(self.model.target.parameters(), self.model.online.parameters(), strict=True):
             theirs.data = theirs.data * hyper.momentum + ours.data * (1 - hyper.momentum)
         set_learning_rate(self.optimizer, hyper.lr)
-        self.similarity_target = hyper.similarity_target
 
-    def forward_backward(self, images: Tensor, keys: Tensor, *, last_micro: bool) -> StepOutput:
+    def forward_backward(self, *inputs: Tensor | float, last_micro: bool) -> StepOutput:
         half = self.config.precision.compute == "bf16"
         cues = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)  # the decoder's visual cues are written by hand
         with torch.autocast(self.topology.device.type, self.dtype) if half else nullcontext(), cues:
-            out = self.model(images, keys, self.similarity_target)
+            out = self.model(*inputs)
         out.loss.item()
         for similarity in out[1:]:
             similarity.item()

@@ -49,9 +49,11 @@ def run_save(options: argparse.Namespace) -> int:
     def step() -> float:
         nonlocal number
         began = time.perf_counter()
-        backend.begin_step(schedules.at(number))
+        hyper = schedules.at(number)
+        backend.begin_step(hyper)
         for micro in range(split.accumulate):
-            backend.forward_backward(images, keys, last_micro=micro == split.accumulate - 1)
+            last = micro == split.accumulate - 1
+            backend.forward_backward(images, keys, hyper.similarity_target, last_micro=last)
         float(backend.finish_step())
         number += 1
         return time.perf_counter() - began

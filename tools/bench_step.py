@@ -116,11 +116,13 @@ def build(name: str, config: Config, topology: dist.Topology, released: bool) ->
 
     def step(clock: Clock | None = None) -> None:
         mark = clock.mark if clock else lambda ends: None
+        hyper = schedules.at(next(numbers))
         mark("")
-        backend.begin_step(schedules.at(next(numbers)))
+        backend.begin_step(hyper)
         mark("EMA")
         for micro in range(split.accumulate):
-            backend.forward_backward(images, keys, last_micro=micro == split.accumulate - 1)
+            last = micro == split.accumulate - 1
+            backend.forward_backward(images, keys, hyper.similarity_target, last_micro=last)
             mark("backward")
         backend.finish_step()
         mark("optimizer")

@@ -32,6 +32,7 @@ import webdataset as wds
 from torch import Tensor
 
 from lmim.config import Config, ConfigError, DataConfig, Split
+from lmim.data.augment import Augment
 from lmim.data.cache import ReadAhead, ShardCache, Wanted
 from lmim.data.datasets import open_source
 from lmim.data.memory import BatchMemory, Slot
@@ -124,7 +125,7 @@ class Batch(NamedTuple):
 
     `skipped` are the samples that could not be read; others stand in their places, with the keys of those places.
     `cursor` is how many positions of the stream all ranks' whole steps have taken once this batch is done: from there a
-    run goes on.
+    run goes on. `labels` (B,) int64 are there where they are asked for, and `shares` (B,) of them, see `Augment`.
     """
 
     images: Tensor
@@ -132,6 +133,8 @@ class Batch(NamedTuple):
     sample_ids: Tensor
     skipped: list[Unreadable]
     cursor: int
+    labels: Tensor | None = None
+    shares: Tensor | None = None
 
 
 class Fetched(NamedTuple):
@@ -155,6 +158,7 @@ class Filled(NamedTuple):
     sample_ids: np.ndarray
     skipped: list[Unreadable]
     undecoded: list[Undecoded]
+    shares: np.ndarray | None = None
 
 
 class MicroBatches(torch.utils.data.IterableDataset):
@@ -220,8 +224,10 @@ class Decode:
     substitute is cropped and masked by the key of the place it takes: its own turn shows it differently.
     """
 
-    def __init__(self, stream: Stream, reader: ShardReader, config: DataConfig, seed: int, size: int):
+    def __init__(self, stream: Stream, reader: ShardReader, config: DataConfig, seed: int, size: int,
+                 augment: Augment | None = None):  # fmt: skip
         self.stream, self.reader, self.config, self.seed, self.size = stream, reader, config, seed, size
+        self.augment = augment
         self.memory: BatchMemory | None = None  # where there are workers
 
     def __call__(self, fetched: Fetched) -> Filled:
@@ -239,7 +245,7 @@ class Decode:
                 filled.undecoded.append(jpeg)
             if reason:
                 self.substitute(filled, i, reason, crops[i])
-        return filled
+        return filled if self.augment is None else filled._replace(shares=self.augment(crops, keys))
 
     def _for_device(self, sample: Sample | Damaged, place: int, key: int) -> Undecoded | None:
         if self.config.decoder != "nvjpeg" or isinstance(sample, Damaged):
@@ -279,20 +285,23 @@ class Receive:
     Copies to a GPU have a CUDA stream of their own, so that they run beside the step before.
     """
 
-    def __init__(self, decode: Decode, device: torch.device):
-        self.decode, self.device = decode, device
+    def __init__(self, decode: Decode, device: torch.device, labels: np.ndarray | None = None):
+        self.decode, self.device, self.labels = decode, device, labels
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, filled: Filled, cursor: int) -> Batch:
         images = filled.images.tensor() if isinstance(filled.images, Slot) else filled.images
-        keys = torch.from_numpy(filled.keys)
+        small = [torch.from_numpy(filled.keys)]
+        if self.labels is not None:
+            small += [torch.from_numpy(self.labels[filled.sample_ids]), torch.from_numpy(filled.shares)]
         if self.side is not None:
-            images, keys = self._moved(images, keys.pin_memory())
+            images, *small = self._moved(images, *(tensor.pin_memory() for tensor in small))
         for place in decode_views(images, filled.undecoded):
             out = np.empty((self.decode.size, self.decode.size, 3), np.uint8)
             self.decode.substitute(filled, place, f"sample {filled.sample_ids[place]}: broken JPEG", out)
             images[place] = torch.from_numpy(out).permute(2, 0, 1).to(self.device)
-        return Batch(images, keys, torch.from_numpy(filled.sample_ids), filled.skipped, cursor)
+        keys, *supervision = small
+        return Batch(images, keys, torch.from_numpy(filled.sample_ids), filled.skipped, cursor, *supervision)
 
     def _moved(self, *tensors: Tensor) -> list[Tensor]:
         with torch.cuda.stream(self.side):
@@ -331,15 +340,17 @@ def open_stream(config: DataConfig, index: ShardIndex, seed: int) -> Stream:
 
 
 def train_batches(config: DataConfig, index: ShardIndex, *, seed: int, size: int, split: Split, topology: Topology,
-                  start_step: int, total_steps: int) -> Iterator[Batch]:  # fmt: skip
+                  start_step: int, total_steps: int, labels: np.ndarray | None = None,
+                  augment: Augment | None = None) -> Iterator[Batch]:  # fmt: skip
     """Yield this rank's micro-batches of steps [start_step, total_steps) in order, on its device.
 
+    Where `labels` of all samples are given, so is `augment`, and `data.decoder` is none that works on the device.
     A worker that is killed is replaced, and the stream goes on where it was; one that keeps dying is a `DataError`.
     """
     assert split.world_size * split.micro_batch * split.accumulate == config.global_batch
     number, stop = start_step * split.accumulate, total_steps * split.accumulate
-    decode = Decode(open_stream(config, index, seed), ShardReader(index), config, seed, size)
-    receive, deaths = Receive(decode, topology.device), 0
+    decode = Decode(open_stream(config, index, seed), ShardReader(index), config, seed, size, augment)
+    receive, deaths = Receive(decode, topology.device, labels), 0
     while number < stop:
         loader = _loader(config, index, seed, decode, split, topology, number, stop)
         with _started(loader) as (batches, workers):

@@ -19,11 +19,14 @@ from lmim.vit import VisionTransformer
 Outcome = TypeVar("Outcome")
 
 
-def open_encoder(config: Config, source: Path, which: str) -> VisionTransformer:
-    """Return the encoder of `source`; the configuration tells its heads where the source does not."""
+def open_encoder(config: Config, source: Path, which: str, grid: int | None = None) -> VisionTransformer:
+    """Return the encoder of `source`; the configuration tells its heads where the source does not.
+
+    With `grid`, its positions are resized to so many cells a side.
+    """
     weights, dims = read_weights(source), model_dimensions(config.model)
     silent = not weights.sizes["num_heads"] and weights.sizes["embed_dim"] == dims["embed_dim"]
-    return build_encoder(weights, which, num_heads=dims["num_heads"] if silent else None)
+    return build_encoder(weights, which, grid=grid, num_heads=dims["num_heads"] if silent else None)
 
 
 def check_layer(layer: int, option: str, encoder: VisionTransformer) -> None:

@@ -2,25 +2,53 @@
 
 Owns the protocol and the choice. DeepSpeed runs backward, clipping and the optimizer step as one engine, other ways of
 sharding do not, so the seam is the step and not the wrapping of a model. The invariant: every backend takes the same
-trajectory, and its state goes in and out in pieces under the canonical names of `LatentMIM.state_dict()`.
+trajectory, and its state goes in and out in pieces under the canonical names of the model's `state_dict()`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmim.config import Config, Split
 from lmim.dist import Topology
-from lmim.objective import LatentMIM, StepOutput
 from lmim.schedules import Hyper
 from lmim.store import Piece
-from lmim.vit import VisionTransformer
+
+
+class Trainable(Protocol):
+    """What a backend asks of an `nn.Module`: `LatentMIM`, and the `Classifier` of fine-tuning.
+
+    `forward` takes tensors and numbers, and returns an `output`.
+    """
+
+    output: type[tuple]  # a NamedTuple of scalars, all on the device; only its `loss` carries a gradient
+
+    def parts(self) -> tuple[nn.Module, ...]:
+        """Return what is cut as a root of its own, of all parameters; each has `blocks`, which are cut further."""
+
+    def between_blocks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        """Return modules that are worth compiling beside the blocks, or the methods of them that are."""
+
+    def averages(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Return (name, moving average, weight that it follows); none, for a model without such."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Return AdamW's groups of the trained parameters, with `names` and `lr_scale`."""
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, whole value) of every parameter and buffer."""
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Set every parameter and buffer to its initial value."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward."""
 
 
 class Backend(Protocol):
@@ -28,14 +56,14 @@ class Backend(Protocol):
 
     topology: Topology
 
-    def prepare(self, build: Callable[[], LatentMIM]) -> None:
+    def prepare(self, build: Callable[[], Trainable]) -> None:
         """Build the model on `meta`, place and initialise it, and make the optimizer."""
 
     def begin_step(self, hyper: Hyper) -> None:
-        """Set the scheduled values and move the target: target ← m·target + (1 − m)·online, as the weights stand."""
+        """Set the learning rate and move the target: target ← m·target + (1 − m)·online, as the weights stand."""
 
-    def forward_backward(self, images: Tensor, keys: Tensor, *, last_micro: bool) -> StepOutput:
-        """Run one micro-batch of a step; gradients are averaged over micro-batches and ranks."""
+    def forward_backward(self, *inputs: Tensor | float, last_micro: bool) -> Any:
+        """Run the model on one micro-batch and return its output; gradients are means over micro-batches and ranks."""
 
     def finish_step(self) -> Tensor:
         """Clip, run AdamW and return the gradient's norm before clipping, on the device.
@@ -43,8 +71,8 @@ class Backend(Protocol):
         Where that is not finite, weights and moments stay as they are, on all ranks.
         """
 
-    def infer(self, which: str) -> AbstractContextManager[VisionTransformer]:
-        """Lend the "online" or "target" encoder for evaluation: no gradient, no noise, fp32."""
+    def infer(self, which: str) -> AbstractContextManager[Any]:
+        """Lend a part of the model ("online", "target"; "": the whole) for evaluation: no gradient, no noise, fp32."""
 
     def pieces(self) -> list[Piece]:
         """Return views of all that this rank holds: NAME of weights and target, and {exp_avg,exp_avg_sq}/NAME."""
@@ -77,39 +105,39 @@ def attention_kernel(topology: Topology) -> AbstractContextManager:
 
 
 @contextmanager
-def lend(encoder: VisionTransformer, topology: Topology) -> Iterator[VisionTransformer]:
-    """Lend an encoder for evaluation: no gradient, no noise, fp32 as when it is evaluated on its own."""
-    training = encoder.training
-    encoder.eval()
+def lend(part: nn.Module, topology: Topology) -> Iterator[Any]:
+    """Lend a part of the model for evaluation: no gradient, no noise, fp32 as when it is evaluated on its own."""
+    training = part.training
+    part.eval()
     try:
         # not compiled: every batch size and resolution of an evaluation would make a graph of its own
         with torch.no_grad(), attention_kernel(topology), torch.compiler.set_stance("force_eager"):
-            yield encoder
+            yield part
     finally:
-        encoder.train(training)
+        part.train(training)
 
 
 @contextmanager
 def lend_whole(
-    build: Callable[[], LatentMIM], which: str, tensors: Iterable[tuple[str, Tensor]], topology: Topology
-) -> Iterator[VisionTransformer]:
-    """Lend a whole copy of an encoder that is cut over ranks, filled from its tensors as they are gathered.
+    build: Callable[[], Trainable], which: str, tensors: Iterable[tuple[str, Tensor]], topology: Topology
+) -> Iterator[Any]:
+    """Lend a whole copy of a part that is cut over ranks, filled from its tensors as they are gathered.
 
-    Gathered once, it costs one encoder's fp32 weights while it is lent; ranks may then run as many forwards as each
+    Gathered once, it costs that part's fp32 weights while it is lent; ranks may then run as many forwards as each
     has images, where gathering in every forward would hang as soon as one rank has a batch more than another.
     """
     with torch.device("meta"):
-        encoder = build().get_submodule(which)
-    encoder.to_empty(device=topology.device)
+        part = build().get_submodule(which)
+    part.to_empty(device=topology.device)
     with torch.no_grad():
-        places = encoder.state_dict(keep_vars=True)
+        places = part.state_dict(keep_vars=True)
         for name, whole in tensors:
             places[name].copy_(whole)
-    with lend(encoder, topology):
-        yield encoder
+    with lend(part, topology):
+        yield part
 
 
-def prepare_blocks(model: LatentMIM, config: Config) -> None:
+def prepare_blocks(model: Trainable, config: Config) -> None:
     """Set activation checkpointing and compile the model in place, so that names stay; before weights are cut.
 
     Blocks are compiled one by one: those of a part share a graph, and each can be gathered by itself. What lies
@@ -119,16 +147,16 @@ def prepare_blocks(model: LatentMIM, config: Config) -> None:
     if not config.parallel.compile:
         return
     how = dict(dynamic=False)  # or online and target, which differ in tokens, would share one graph
-    for part in (model.online, model.target, model.decoder):
+    for part in model.parts():
         for block in part.blocks:
             block.compile(**how)
-    between = [(model, ("patches", "compare"))]
-    if not (config.parallel.backend == "deepspeed" and config.parallel.zero_stage == 3):
-        # ZeRO-3 gathers by hooks of every layer, between which there is little to compile
-        between += [(model.online, ("embed",)), (model.target, ("embed",)), (model.decoder, ("enter", "leave"))]
-        for encoder in (model.online, model.target):
-            encoder.projector.compile(**how)
-    for module, methods in between:
+    # ZeRO-3 gathers by hooks of every layer, between which there is little to compile
+    hooked = config.parallel.backend == "deepspeed" and config.parallel.zero_stage == 3
+    for module, methods in model.between_blocks():
+        if hooked and module is not model:
+            continue
+        if not methods:
+            module.compile(**how)
         for method in methods:
             setattr(module, method, torch.compile(getattr(module, method), **how))
 

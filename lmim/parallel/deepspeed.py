@@ -20,6 +20,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import deepspeed
 import torch
@@ -29,23 +30,20 @@ from torch import Tensor, nn
 from lmim import dist
 from lmim.config import Config, ConfigError, Split
 from lmim.dist import Topology
-from lmim.objective import LatentMIM, StepOutput
 from lmim.optim import (
     MOMENTS,
     build_adamw,
     create_moments,
     ema_update,
     leave_out_unless_finite,
-    parameter_groups,
     set_learning_rate,
     set_steps_taken,
     steps_taken,
 )
-from lmim.parallel import attention_kernel, lend, lend_whole, prepare_blocks
+from lmim.parallel import Trainable, attention_kernel, lend, lend_whole, prepare_blocks
 from lmim.parallel.engine import engine_config
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
-from lmim.vit import VisionTransformer
 
 
 class DeepSpeedBackend:
@@ -65,12 +63,12 @@ class DeepSpeedBackend:
         # Compiling its shared-memory all-reduce takes half a minute at a first start on CPUs; gloo is there already.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-    def prepare(self, build: Callable[[], LatentMIM]) -> None:
+    def prepare(self, build: Callable[[], Trainable]) -> None:
         self.build = build
         with torch.device("meta"):
             self.model = build()
         prepare_blocks(self.model, self.config)
-        groups = parameter_groups(self.model, self.config.optim.weight_decay)
+        groups = self.model.parameter_groups(self.config.optim.weight_decay)
         if self.cut:
             self._fill_and_cut()
         else:
@@ -119,26 +117,25 @@ class DeepSpeedBackend:
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return what this rank holds of target and online encoder, in pairs."""
-        pairs = list(zip(self.model.target.named_parameters(), self.model.online.parameters(), strict=True))
+        pairs = self.model.averages()
         if not self.cut:
-            return [target for (_, target), _ in pairs], [online for _, online in pairs]
-        for (name, ours), theirs in pairs:
+            return [target for _, target, _ in pairs], [online for _, _, online in pairs]
+        for name, ours, theirs in pairs:
             alike = ours.ds_shape == theirs.ds_shape and ours.ds_tensor.shape == theirs.ds_tensor.shape
             assert alike and ours.ds_process_group == theirs.ds_process_group, f"{name} is cut otherwise in the target"
             assert not (ours.ds_persist or theirs.ds_persist), f"{name} is kept whole by ZeRO-3"
-        return [target.ds_tensor for (_, target), _ in pairs], [online.ds_tensor for _, online in pairs]
+        return [target.ds_tensor for _, target, _ in pairs], [online.ds_tensor for _, _, online in pairs]
 
     def begin_step(self, hyper: Hyper) -> None:
         ema_update(self.target_weights, self.online_weights, hyper.momentum)
         set_learning_rate(self.adamw, hyper.lr)
-        self.similarity_target = hyper.similarity_target
         self.one_reduction = ExitStack()
         if self.zero and self.split.accumulate > 1:
             self.one_reduction.enter_context(self.engine.coalesce_grad_reduction())
 
-    def forward_backward(self, images: Tensor, keys: Tensor, *, last_micro: bool) -> StepOutput:
+    def forward_backward(self, *inputs: Tensor | float, last_micro: bool) -> Any:
         with attention_kernel(self.topology), ExitStack() as quiet:
-            out = StepOutput(*self.engine(images, keys, self.similarity_target))
+            out = self.model.output(*self.engine(*inputs))
             if not self.zero and not last_micro:
                 quiet.enter_context(self.engine.no_sync())
             self.engine.backward(out.loss / self.split.accumulate)
@@ -156,11 +153,11 @@ class DeepSpeedBackend:
             norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.topology.device)
         return norm
 
-    def infer(self, which: str) -> AbstractContextManager[VisionTransformer]:
-        encoder = self.model.get_submodule(which)
+    def infer(self, which: str) -> AbstractContextManager[Any]:
+        part = self.model.get_submodule(which)
         if not self.cut:
-            return lend(encoder, self.topology)
-        return lend_whole(self.build, which, whole_tensors(encoder), self.topology)
+            return lend(part, self.topology)
+        return lend_whole(self.build, which, whole_tensors(part), self.topology)
 
     def pieces(self) -> list[Piece]:
         found = []

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +28,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lmim import dist
 from lmim.config import Config, ConfigError, Split
 from lmim.dist import Topology
-from lmim.objective import LatentMIM, StepOutput
 from lmim.optim import (
     MOMENTS,
     build_adamw,
     create_moments,
     ema_update,
     leave_out_unless_finite,
-    parameter_groups,
     set_learning_rate,
     set_steps_taken,
     steps_taken,
 )
-from lmim.parallel import attention_kernel, autocast, lend_whole, prepare_blocks
+from lmim.parallel import Trainable, attention_kernel, autocast, lend_whole, prepare_blocks
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
 from lmim.vit import VisionTransformer
@@ -52,7 +51,7 @@ class FsdpBackend:
         self.config, self.topology, self.split = config, topology, split
         self.policy = self._policy()
 
-    def prepare(self, build: Callable[[], LatentMIM]) -> None:
+    def prepare(self, build: Callable[[], Trainable]) -> None:
         self.build = build
         with torch.device("meta"):
             self.model = build()
@@ -65,7 +64,7 @@ class FsdpBackend:
                 put(tensors[name], value)
         self.target_shards, self.online_shards = self._pairs()
         optim = self.config.optim
-        self.optimizer = build_adamw(parameter_groups(self.model, optim.weight_decay), optim)
+        self.optimizer = build_adamw(self.model.parameter_groups(optim.weight_decay), optim)
         create_moments(self.optimizer, (p for p in self.model.parameters() if p.requires_grad))
 
     def _mesh(self) -> DeviceMesh:
@@ -98,37 +97,37 @@ class FsdpBackend:
         keep, mesh = self.config.parallel.keep_gathered, self._mesh()
         dist.set_timeout(mesh.get_all_groups(), self.config.parallel.timeout_minutes)
         how = dict(mesh=mesh, mp_policy=self.policy, reshard_after_forward=not keep)
-        self.parts = (self.model.online, self.model.target, self.model.decoder)
+        self.parts = self.model.parts()
         for part in self.parts:
             for block in part.blocks:
                 fully_shard(block, **how)
             if isinstance(part, VisionTransformer) and part.projector.depth:
                 fully_shard(part.projector, **how)
             fully_shard(part, **how)
+        untrained = (part for part in self.parts if not any(p.requires_grad for p in part.parameters()))
+        self.never_backward = [m for part in untrained for m in part.modules() if isinstance(m, FSDPModule)]
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the local shards of target and online encoder, in pairs."""
-        pairs = list(zip(self.model.target.named_parameters(), self.model.online.parameters(), strict=True))
-        for (name, ours), theirs in pairs:
+        pairs = self.model.averages()
+        for name, ours, theirs in pairs:
             alike = ours.placements == theirs.placements and ours.device_mesh == theirs.device_mesh
             assert alike and ours.shape == theirs.shape, f"{name} is cut otherwise in the target"
         with torch.no_grad():
-            return [t.to_local() for (_, t), _ in pairs], [o.to_local() for _, o in pairs]
+            return [target.to_local() for _, target, _ in pairs], [online.to_local() for _, _, online in pairs]
 
     def begin_step(self, hyper: Hyper) -> None:
-        for module in self.model.target.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self.never_backward:
+            module.reshard()
         ema_update(self.target_shards, self.online_shards, hyper.momentum)
         set_learning_rate(self.optimizer, hyper.lr)
-        self.similarity_target = hyper.similarity_target
 
-    def forward_backward(self, images: Tensor, keys: Tensor, *, last_micro: bool) -> StepOutput:
+    def forward_backward(self, *inputs: Tensor | float, last_micro: bool) -> Any:
         for part in self.parts:
             part.set_requires_gradient_sync(last_micro)
         with attention_kernel(self.topology):
             with autocast(self.topology, self.config):
-                out = self.model(images, keys, self.similarity_target)
+                out = self.model(*inputs)
             (out.loss / self.split.accumulate).backward()
         return out
 
@@ -143,7 +142,7 @@ class FsdpBackend:
         self.optimizer.zero_grad()
         return norm
 
-    def infer(self, which: str) -> AbstractContextManager[VisionTransformer]:
+    def infer(self, which: str) -> AbstractContextManager[Any]:
         return lend_whole(self.build, which, self._whole(self.model.get_submodule(which)), self.topology)
 
     def _whole(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -179,7 +178,7 @@ class FsdpBackend:
         pass
 
     def close(self) -> None:
-        del self.model, self.optimizer, self.parts, self.target_shards, self.online_shards
+        del self.model, self.optimizer, self.parts, self.never_backward, self.target_shards, self.online_shards
 
 
 def put(tensor: Tensor, whole: Tensor) -> Tensor:

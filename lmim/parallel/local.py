@@ -7,57 +7,53 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmim.config import Config, Split
 from lmim.dist import Topology
-from lmim.objective import LatentMIM, StepOutput
 from lmim.optim import (
     MOMENTS,
     build_adamw,
     create_moments,
     ema_update,
     leave_out_unless_finite,
-    parameter_groups,
     set_learning_rate,
     set_steps_taken,
     steps_taken,
 )
-from lmim.parallel import attention_kernel, autocast, lend, prepare_blocks
+from lmim.parallel import Trainable, attention_kernel, autocast, lend, prepare_blocks
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
-from lmim.vit import VisionTransformer
 
 
 class LocalBackend:
     def __init__(self, config: Config, topology: Topology, split: Split):
         self.config, self.topology, self.split = config, topology, split
 
-    def prepare(self, build: Callable[[], LatentMIM]) -> None:
+    def prepare(self, build: Callable[[], Trainable]) -> None:
         with torch.device("meta"):
             model = build()
         prepare_blocks(model, self.config)
         self.model = model.to_empty(device=self.topology.device)
         self.model.init_weights(self.config.run.seed)
         optim = self.config.optim
-        self.optimizer = build_adamw(parameter_groups(self.model, optim.weight_decay), optim)
+        self.optimizer = build_adamw(self.model.parameter_groups(optim.weight_decay), optim)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         create_moments(self.optimizer, self.trained)
-        self.target_weights, self.online_weights = (
-            list(part.parameters()) for part in (self.model.target, self.model.online)
-        )
+        averages = self.model.averages()
+        self.target_weights, self.online_weights = [t for _, t, _ in averages], [o for _, _, o in averages]
 
     def begin_step(self, hyper: Hyper) -> None:
         ema_update(self.target_weights, self.online_weights, hyper.momentum)
         set_learning_rate(self.optimizer, hyper.lr)
-        self.similarity_target = hyper.similarity_target
 
-    def forward_backward(self, images: Tensor, keys: Tensor, *, last_micro: bool) -> StepOutput:
+    def forward_backward(self, *inputs: Tensor | float, last_micro: bool) -> Any:
         with attention_kernel(self.topology):
             with autocast(self.topology, self.config):
-                out = self.model(images, keys, self.similarity_target)
+                out = self.model(*inputs)
             (out.loss / self.split.accumulate).backward()
         return out
 
@@ -70,7 +66,7 @@ class LocalBackend:
         self.optimizer.zero_grad()
         return norm
 
-    def infer(self, which: str) -> AbstractContextManager[VisionTransformer]:
+    def infer(self, which: str) -> AbstractContextManager[Any]:
         return lend(self.model.get_submodule(which), self.topology)
 
     def pieces(self) -> list[Piece]:
