@@ -86,12 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluation(evaluations, "davis", _eval_davis,
                     "carry masks through videos by the tokens' likeness, measure J and F")  # fmt: skip
 
-    command = evaluations.add_parser("finetune", help="accuracy of the encoder trained on with labels, as in MAE")
-    _add_config(command)
-    command.add_argument("--checkpoint", type=Path, help="anything that `lmim export` reads; default: run.folder")
-    command.add_argument("--which", choices=("online", "target"), default="online", help="encoder (default: online)")
-    command.set_defaults(run=_eval_finetune)
-
     command = commands.add_parser("plan", help="tell what fits a GPU, and how fast it would go")
     _add_config(command)
     command.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
