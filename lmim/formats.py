@@ -32,6 +32,7 @@ from lmim import checkpoint, convert, pickles, store
 from lmim.config import VARIANTS, ConfigError, model_dimensions
 from lmim.vit import NORM_EPS, CrossDecoder, VisionTransformer, resized_positions
 
+PARTS = ("online", "target", "decoder")  # of LatentMIM; a fine-tuned classifier has the first, and a head
 SIZES_KEY = "lmim"  # of a .safetensors file's metadata, and the name of a DCP folder's extra file
 SIZES_FILE = "lmim.json"
 # Where `torch.save`d dictionaries keep the weights: the authors' code, MAE, DeiT, timm; DINO's teacher.
@@ -181,22 +182,25 @@ def _read_checkpoint(path: Path) -> Weights:
     found = path if (path / checkpoint.STATE).is_file() else checkpoint.newest(path)
     if found is None:
         raise ConfigError(f"{path} holds no complete checkpoint")
-    tensors, model = checkpoint.load_weights(found), checkpoint.config_of(found).model
+    held, config = checkpoint.load_weights(found), checkpoint.config_of(found)
+    model = config.model
+    tensors = {name: tensor for name, tensor in held.items() if name.split(".")[0] in PARTS}
     decoder = dict(num_heads=model.decoder_num_heads, visual_cues=model.visual_cues,
                    learnable_positions=model.learnable_positions)  # fmt: skip
     sizes = sizes_of(tensors, found) | {
         "num_heads": model_dimensions(model)["num_heads"],
-        "norm_eps": NORM_EPS,
+        "norm_eps": config.finetune.norm_eps if config.run.task == "finetune" else NORM_EPS,
         "learnable_positions": model.learnable_positions,
     }
-    return Weights(found, "checkpoint of lmim train", tensors, sizes, decoder=decoder)
+    left_out = tuple(name for name in held if name not in tensors)
+    return Weights(found, "checkpoint of lmim train", tensors, sizes, left_out, decoder=decoder)
 
 
 def describe(weights: Weights) -> dict[str, Any]:
     """Return what a source is and holds, for people and as JSON."""
-    sizes, parts = weights.sizes, ("online", "target", "decoder")
+    sizes = weights.sizes
     numbers = {part: sum(t.numel() for name, t in weights.tensors.items() if name.startswith(f"{part}."))
-               for part in parts}  # fmt: skip
+               for part in PARTS}  # fmt: skip
     side = sizes["grid_size"] * sizes["patch_size"]
     return {
         "path": str(weights.path),

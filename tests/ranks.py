@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmim import dist
 from lmim.checkpoint import Position, Saver, load_optimizer, load_pieces, load_weights, newest, position_of
-from lmim.config import Config, load_config, validate
-from lmim.data.loader import open_data
+from lmim.config import Config, crop_size, load_config, validate
+from lmim.data.loader import open_data, train_batches
 from lmim.eval import attentive, fewshot, knn, linear
 from lmim.eval.case import Case
 from lmim.eval.features import Reading, Subject, check_readings, eval_sizes
+from lmim.eval.finetune import Finetuning, finetune_config
 from lmim.objective import LatentMIM
 from lmim.parallel import Backend, build_backend
 from lmim.patches import Views
@@ -128,6 +129,31 @@ class Driver:
         return [{key: group[key] for key in kept} for group in optimizer.param_groups]
 
 
+class Finetuner(Driver):
+    """The same with a classifier, on images of shards that are augmented and mixed."""
+
+    def __init__(self, settings: list[str], topology: dist.Topology, steps: int = 20, start: int = 0):
+        self.config, self.topology = finetune_config(tiny_config(settings), None, "online"), topology
+        self.split = validate(self.config, topology.world_size)
+        self.schedules = Schedules(steps, 2, 1e-3, 0.0, 0.9, 0.75, 0.25)
+        self.task = Finetuning(self.config)
+        self.train, self.test = open_data(self.config, topology)
+        self.task.open(self.train, self.test, ["accuracy"])
+        self.backend = build_backend(self.config, topology, self.split)
+        self.backend.prepare(self.task.build)
+        self.batches = train_batches(self.config.data, self.train, seed=self.config.run.seed, split=self.split,
+                                     size=crop_size(self.config.model), topology=topology, start_step=start,
+                                     total_steps=steps, **self.task.loading())  # fmt: skip
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Any, ...]]:
+        for _ in range(self.split.accumulate):
+            yield self.task.inputs(next(self.batches), self.schedules.at(step))
+
+    def shares(self) -> dict[str, float]:
+        """Return the accuracies on the evaluation images."""
+        return self.task.evaluate(["accuracy"], self.backend, self.train, self.test, self.topology, lambda: False)
+
+
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +177,24 @@ def train(settings: list[str], topology: dist.Topology, steps: int = 20, resume:
     losses, norms = zip(*taken, strict=True)
     weights, optimizer = load_weights(saved), load_optimizer(saved)
     return dict(losses=losses, norms=norms, groups=groups, features=features, weights=weights, optimizer=optimizer)
+
+
+def finetune(settings: list[str], topology: dist.Topology, steps: int = 8) -> dict[str, Any]:
+    """Take steps with a state that goes out in the middle and into a backend built anew; evaluate at the end."""
+    driver, taken = Finetuner(settings, topology, steps), []
+    for step in range(steps):
+        if step == steps // 2:
+            saved = driver.save()
+            driver.backend.close()
+            driver = Finetuner(settings, topology, steps, start=step)
+            driver.load(saved)
+        taken.append(driver.step(step))
+    shares, saved = driver.shares(), driver.save()
+    scales = sorted({group["lr"] / driver.schedules.at(steps - 1).lr for group in driver.groups()})
+    driver.backend.close()
+    losses, norms = zip(*taken, strict=True)
+    weights, optimizer = load_weights(saved), load_optimizer(saved)
+    return dict(losses=losses, norms=norms, weights=weights, optimizer=optimizer, scales=scales, shares=shares)
 
 
 def freshness(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
@@ -320,7 +364,7 @@ def evaluations(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
     return found
 
 
-JOBS = {job.__name__: job for job in (train, freshness, not_a_number, communication, build, evaluations)}
+JOBS = {job.__name__: job for job in (train, finetune, freshness, not_a_number, communication, build, evaluations)}
 
 
 def main(jobs: Path, folder: Path) -> None:

@@ -60,8 +60,8 @@ class Finetuning:
         check_labels(train, "data.train")
         self.labels = train.labels()
         self.classes = max(len(train.classes or ()), int(self.labels.max()) + 1)
-        if self.classes < 2:
-            raise ConfigError(f"data.train ({train.folder}) has one class only: fine-tuning needs two or more")
+        if len(np.unique(self.labels)) < 2:
+            raise ConfigError(f"data.train ({train.folder}) has images of one class only: fine-tuning needs two")
         if test is not None and names:
             eval_sizes(self.config)
             check_labels(test, "data.eval")
@@ -145,10 +145,10 @@ def finetune_config(config: Config, checkpoint: Path | None, which: str) -> Conf
     Sizes are the encoder's, or those of `model` with finetune.scratch; data, precision, parallel and so on stay as
     they are. Raises ConfigError where `checkpoint` (default: run.folder) has no such encoder.
     """
-    validate(config, dist.discover().world_size)
     if config.run.task != "pretrain":
         raise ConfigError(f"run.folder ({config.run.folder}) is a fine-tuning run itself: `lmim train` goes on with "
                           "it, and `lmim eval finetune` begins with the run it was made of")  # fmt: skip
+    validate(config, dist.discover().world_size)
     if not config.data.eval:
         raise ConfigError("data.eval is empty: give labelled shards, or fine-tuning is not evaluated")
     finetune, made = config.finetune, copy.deepcopy(config)
