@@ -182,7 +182,7 @@ def refuse_changes(old: Config, new: Config, made: str) -> None:
     """Refuse a change of anything that affects the result."""
     changed = changed_options(old, new)
     if changed:
+        folder = "finetune.folder" if new.run.task == "finetune" else "run.folder"
         raise ConfigError(
-            f"{made} was made with another configuration: {'; '.join(changed)}; "
-            "take another run.folder, or those values"
+            f"{made} was made with another configuration: {'; '.join(changed)}; take another {folder}, or those values"
         )

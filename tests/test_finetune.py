@@ -307,6 +307,11 @@ def test_stopped_and_started_again_it_takes_the_same_steps(unbroken, pretrained,
     assert state["samples"] == 8 * 32 and state["optimizer_steps"] == 8
 
 
+def test_loader_workers_change_nothing(unbroken, pretrained, tmp_path):
+    assert main(command(pretrained, "data.workers=2", f"finetune.folder={tmp_path}/run")) == 0
+    assert losses(tmp_path / "run") == losses(unbroken)
+
+
 def test_train_goes_on_with_its_folder_and_others_are_refused(unbroken, pretrained, tmp_path, capsys, monkeypatch):
     folder = copy_of(pretrained, tmp_path / "run") / "finetune" / "online"
     with monkeypatch.context() as patched:

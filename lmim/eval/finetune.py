@@ -131,6 +131,8 @@ def hits(classifier: Classifier, index: ShardIndex, config: Config, topology: To
             batches.close()
             return None
     images, first, among_best = map(sum, zip(*dist.gather_objects(counts.tolist()), strict=True))
+    if not images:
+        raise ConfigError(f"data.eval ({index.folder}): none of its images can be read")
     return images, first, among_best
 
 
