@@ -38,7 +38,10 @@ from tests.ranks import finetune, result, run_jobs
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
 MODEL = ModelConfig(embed_dim=32, depth=3, num_heads=2, patch_size=4, grid_size=7, patch_gap=0, projector_depth=0)
 PLAIN = dict(randaugment="", erasing=0.0, mixup=0.0, cutmix=0.0)
-RECIPE = ["finetune.duration=8st", "finetune.warmup=2st", "finetune.evaluate_every=4st", "finetune.base_lr=2e-3"]
+MAE = [f"finetune.{key}={getattr(FinetuneConfig(), key)}" for key in
+       ("layer_decay", "drop_path", "crop_scale", "randaugment", "erasing", "mixup", "cutmix")]  # fmt: skip
+RECIPE = [*MAE, "finetune.duration=8st", "finetune.warmup=2st", "finetune.evaluate_every=4st",
+          "finetune.base_lr=2e-3"]  # fmt: skip
 
 
 def classifier(pooling: str = "mean", classes: int = 5, **options) -> Classifier:
@@ -198,7 +201,7 @@ BACKENDS = {
 
 def settings_of(shards: Path, folder: Path, *more: str) -> list[str]:
     return [f"data.train={shards}/train", f"data.eval={shards}/eval", f"run.folder={folder}", "finetune.scratch=true",
-            "finetune.drop_path=0.2", "eval.batch=30", *more]  # fmt: skip
+            *MAE, "eval.batch=30", *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from lmim.data.sharding import write_shards
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
 from tests.conftest import REPOSITORY, losses, train_command
-from tests.ranks import Driver, freshness, not_a_number, train
+from tests.ranks import Driver, Finetuner, freshness, not_a_number, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CPU = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
@@ -88,7 +88,17 @@ def test_a_step_whose_gradient_is_not_a_number_is_left_out(gpu, name):
 @pytest.mark.parametrize("name", ["local", "FSDP2"])
 def test_no_step_waits_for_the_device(gpu, name, switches):
     """Torch raises where anything in a step would make the host wait for the GPU."""
-    driver = Driver([*BACKENDS[name], "precision.compute=bf16", *switches], gpu)
+    take_steps_without_waiting(Driver([*BACKENDS[name], "precision.compute=bf16", *switches], gpu))
+
+
+@pytest.mark.parametrize("name", ["local", "FSDP2"])
+def test_no_step_of_fine_tuning_waits_for_the_device(gpu, shards, tmp_path, name):
+    where = [f"data.train={shards}/train", f"data.eval={shards}/eval", f"run.folder={tmp_path}"]
+    settings = [*where, "finetune.scratch=true", "finetune.mixup=0.8", "finetune.drop_path=0.2"]
+    take_steps_without_waiting(Finetuner([*BACKENDS[name], "precision.compute=bf16", *settings], gpu))
+
+
+def take_steps_without_waiting(driver: Driver) -> None:
     batches = {step: list(driver.micro_batches(step)) for step in range(5)}
     for step, micros in batches.items():
         torch.cuda.synchronize()
