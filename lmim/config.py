@@ -221,6 +221,8 @@ class FinetuneConfig:
     folder: str = ""  # of the run that fine-tunes; empty: finetune/online (or target, scratch) in run.folder
     duration: str = "100ep"  # ViT-L and H: 50ep
     warmup: str = "5ep"
+    global_batch: int = 1024  # images per optimizer step over all ranks
+    micro_batch: Optional[int] = None  # images per forward on one rank; empty: data.micro_batch
     base_lr: float = 5e-4  # the peak is base_lr · global_batch / 256; ViT-L and H: 1e-3
     floor: float = 0.0  # share of the peak where the learning rate starts and ends
     layer_decay: float = 0.65  # each block learns at so much of the next one's rate; ViT-L and H: 0.75
@@ -286,7 +288,7 @@ NEUTRAL = ("run.folder", "run.name", "run.resume_from", "run.init_from", "run.ti
            "precision.gather", "parallel.", "log.", "eval.", "probe.", "finetune.", "segment.", "davis.", "health.",
            "checkpoint.")  # fmt: skip
 # Of these, what a fine-tuning run does change by: all of its section but where it lies and when it is looked at.
-FINETUNE_NEUTRAL = ("finetune.folder", "finetune.evaluate_every")
+FINETUNE_NEUTRAL = ("finetune.folder", "finetune.micro_batch", "finetune.evaluate_every")
 
 POOLINGS = ("patch_mean", "class_token", "class_patch_mean", "predictor")
 CHOICES = {
@@ -324,8 +326,8 @@ POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_si
             "probe.learning_rates", "probe.epochs", "probe.least_steps", "probe.batch",
             "probe.attentive_learning_rates", "probe.attentive_epochs", "probe.attentive_batch", "probe.memory_gb",
             "probe.shots", "probe.trials", "probe.l2", "segment.size", "segment.clusters", "davis.short_side",
-            "davis.top_k", "davis.temperature", "finetune.base_lr", "finetune.layer_decay", "finetune.grid",
-            "finetune.norm_eps", "checkpoint.keep")  # fmt: skip
+            "davis.top_k", "davis.temperature", "finetune.global_batch", "finetune.micro_batch", "finetune.base_lr",
+            "finetune.layer_decay", "finetune.grid", "finetune.norm_eps", "checkpoint.keep")  # fmt: skip
 NOT_NEGATIVE = ("run.seed", "run.time_limit_minutes", "model.patch_gap", "model.projector_depth",
                 "objective.similarity_weight", "data.workers", "optim.weight_decay", "optim.clip_norm",
                 "probe.weight_decay", "segment.count", "segment.pictures", "davis.past_frames",
@@ -702,22 +704,23 @@ def _check_finetune(config: Config, split: Split) -> None:
         raise ConfigError("data.decoder (nvjpeg) makes crops on the GPU, and fine-tuning augments them before: take "
                           "turbo")  # fmt: skip
     if (finetune.mixup or finetune.cutmix) and split.micro_batch % 2:
-        raise ConfigError(f"data.micro_batch ({split.micro_batch}) must be even for finetune.mixup and cutmix, which "
-                          "mix images two by two: set another, or both of these to 0")  # fmt: skip
+        raise ConfigError(f"finetune.micro_batch ({split.micro_batch}) must be even for finetune.mixup and cutmix, "
+                          "which mix images two by two: set another, or both of these to 0")  # fmt: skip
 
 
 def _split(config: Config, world_size: int) -> Split:
     batch, micro = config.data.global_batch, config.data.micro_batch
+    section = "finetune" if config.run.task == "finetune" else "data"
     if micro is None:
         if batch % world_size:
             raise ConfigError(
-                f"data.global_batch ({batch}) is not divisible by the number of ranks ({world_size}); "
+                f"{section}.global_batch ({batch}) is not divisible by the number of ranks ({world_size}); "
                 f"{_nearest(batch, world_size)}"
             )
         micro = batch // world_size
     if batch % (world_size * micro):
         unit = world_size * micro
-        raise ConfigError(f"data.global_batch ({batch}) is not divisible by ranks x micro batch "
+        raise ConfigError(f"{section}.global_batch ({batch}) is not divisible by ranks x micro batch "
                           f"({world_size} x {micro} = {unit}); {_nearest(batch, unit)}")  # fmt: skip
     return Split(world_size, micro, batch // (world_size * micro))
 

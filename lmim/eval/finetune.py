@@ -144,7 +144,7 @@ TAKEN_OVER = ("duration", "warmup", "base_lr", "floor", "weight_decay", "betas",
 def finetune_config(config: Config, checkpoint: Path | None, which: str) -> Config:
     """Return the configuration of the run that fine-tunes an encoder as section `finetune` says.
 
-    Sizes are the encoder's, or those of `model` with finetune.scratch; data, precision, parallel and so on stay as
+    Sizes are the encoder's, or those of `model` with finetune.scratch; the data, precision, parallel and so on stay as
     they are. Raises ConfigError where `checkpoint` (default: run.folder) has no such encoder.
     """
     if config.run.task != "pretrain":
@@ -153,7 +153,7 @@ def finetune_config(config: Config, checkpoint: Path | None, which: str) -> Conf
     validate(config, dist.discover().world_size)
     if not config.data.eval:
         raise ConfigError("data.eval is empty: give labelled shards, or fine-tuning is not evaluated")
-    finetune, made = config.finetune, copy.deepcopy(config)
+    finetune, data, made = config.finetune, config.data, copy.deepcopy(config)
     if finetune.scratch and checkpoint is not None:
         raise ConfigError(f"finetune.scratch (true) begins with new weights, and --checkpoint ({checkpoint}) gives "
                           "others: leave one of them out")  # fmt: skip
@@ -172,6 +172,7 @@ def finetune_config(config: Config, checkpoint: Path | None, which: str) -> Conf
     folder = finetune.folder or str(Path(config.run.folder) / "finetune" / made.finetune.which)
     made.run.folder = made.finetune.folder = folder
     made.objective, made.health.on_collapse = ObjectiveConfig(num_visible=1), "off"  # there are no targets
+    made.data.global_batch, made.data.micro_batch = finetune.global_batch, finetune.micro_batch or data.micro_batch
     made.data.crop_scale, made.data.crop_size, made.eval.crop = finetune.crop_scale, None, None
     for name in TAKEN_OVER:
         setattr(made.optim, name, getattr(finetune, name))
