@@ -62,6 +62,7 @@ class ModelConfig:
     decoder_dim: int = 512
     decoder_depth: int = 3
     decoder_num_heads: int = 16
+    decoder_attention: str = "cross"  # mask tokens to each other, then to visible ones; self: all to all
     visual_cues: bool = True  # mask tokens start from the visible tokens nearby
     learnable_positions: bool = False
     drop_path: float = 0.0  # of the online encoder; grows linearly with depth to this rate
@@ -73,6 +74,7 @@ class ObjectiveConfig:
     loss: str = "infonce"  # infonce, norm_l2, mse, l1, smooth_l1 or cosine
     temperature: float = 0.2
     num_visible: int = 20  # of grid_size² cells
+    target: str = "ema"  # what makes targets: a moving average, or joint: the online encoder itself, with gradient
     target_input: str = "masked"  # what the target encoder sees: masked patches, or all
     gap_jitter: str = "released"  # offsets 0 … gap − 1 as released, or full: 0 … gap
     similarity_weight: float = 0.0  # of the penalty that steers the mean patch similarity; 0: off
@@ -294,7 +296,9 @@ POOLINGS = ("patch_mean", "class_token", "class_patch_mean", "predictor")
 CHOICES = {
     "run.task": ("pretrain", "finetune"),
     "model.variant": tuple(VARIANTS),
+    "model.decoder_attention": ("cross", "self"),
     "objective.loss": ("infonce", "norm_l2", "mse", "l1", "smooth_l1", "cosine"),
+    "objective.target": ("ema", "joint"),
     "objective.target_input": ("masked", "all"),
     "objective.gap_jitter": ("released", "full"),
     "data.decoder": ("turbo", "pillow", "nvjpeg"),

@@ -150,6 +150,9 @@ def _write_whole(weights: Weights, format: str, num_heads: int | None, path: Pat
         if not all(name in weights.tensors for name in needed):
             raise ConfigError(f"{weights.path} ({weights.kind}) lacks the projector, target or decoder that the "
                               f"authors' code wants: take a format other than authors")  # fmt: skip
+        if "decoder.blocks.0.cross_attn.proj.weight" not in weights.tensors:
+            raise ConfigError(f"{weights.path} has a decoder of self-attention (model.decoder_attention), and the "
+                              "authors' code one of cross-attention: take a format other than authors")  # fmt: skip
         state = {f"module.{name}": tensor for name, tensor in convert.to_authors(weights.tensors).items()}
         torch.save({"state_dict": state}, path)
         store.sync(path)

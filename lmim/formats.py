@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lmim import checkpoint, convert, pickles, store
 from lmim.config import VARIANTS, ConfigError, model_dimensions
-from lmim.vit import NORM_EPS, CrossDecoder, VisionTransformer, resized_positions
+from lmim.vit import NORM_EPS, Decoder, VisionTransformer, resized_positions
 
 PARTS = ("online", "target", "decoder")  # of LatentMIM; a fine-tuned classifier has the first, and a head
 SIZES_KEY = "lmim"  # of a .safetensors file's metadata, and the name of a DCP folder's extra file
@@ -51,7 +51,7 @@ class Weights:
     sizes: dict[str, Any]  # arguments of VisionTransformer; `num_heads` is None where the source does not tell
     left_out: tuple[str, ...] = ()  # names there that belong to no encoder, target or decoder
     changed: tuple[str, ...] = ()  # what was done to the tensors, in words
-    decoder: dict[str, Any] = field(default_factory=dict)  # arguments of CrossDecoder that its tensors do not tell
+    decoder: dict[str, Any] = field(default_factory=dict)  # arguments of Decoder that its tensors do not tell
 
     def encoder(self, which: str) -> dict[str, Tensor]:
         """Return one encoder's state dict, "online" or "target"; raises ConfigError if the source has none such."""
@@ -95,7 +95,7 @@ def build_encoder(
     return encoder.requires_grad_(True).eval()
 
 
-def build_decoder(weights: Weights, *, grid: int | None = None) -> CrossDecoder:
+def build_decoder(weights: Weights, *, grid: int | None = None) -> Decoder:
     """Return the trained decoder of `weights` in evaluation mode, with the positions of `grid` cells a side.
 
     A checkpoint of `lmim train` tells its heads and whether it has visual cues; of other sources the released code's
@@ -112,14 +112,15 @@ def build_decoder(weights: Weights, *, grid: int | None = None) -> CrossDecoder:
         trained = round(max(cells, 0) ** 0.5)
         hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
         depth = len(_numbers(r"blocks\.(\d+)\..*", state))
+        attention = "cross" if "blocks.0.cross_attn.proj.weight" in state else "self"
         if trained**2 != cells or dim % said["num_heads"]:
             raise ValueError(f"{cells} positions, width {dim}, {said['num_heads']} heads")
         side = grid or trained
         if side != trained:
             state["pos_embed"] = resized_positions(state["pos_embed"], trained, (side, side))
         with torch.device("meta"):
-            decoder = CrossDecoder(grid_size=side, encoder_dim=encoder_dim, embed_dim=dim, depth=depth,
-                                   mlp_ratio=_ratio(hidden, dim), **said)  # fmt: skip
+            decoder = Decoder(grid_size=side, encoder_dim=encoder_dim, embed_dim=dim, depth=depth,
+                                   mlp_ratio=_ratio(hidden, dim), attention=attention, **said)  # fmt: skip
         decoder.load_state_dict(state, assign=True)
     except (KeyError, ValueError, RuntimeError) as error:
         words = " ".join(str(error).split())

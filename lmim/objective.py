@@ -1,8 +1,8 @@
 """The objective: predict a target encoder's latents of masked patches and tell each from the others of its image.
 
 Owns `LatentMIM` (online encoder, target encoder, decoder), the losses and the similarity penalty (paper, section 3).
-The invariants: the gradient reaches the online encoder and the decoder and never the target; `forward` holds no EMA,
-no schedule and no step counter; normalisations, logits and losses are computed in fp32 whatever the autocast.
+The invariants: the gradient reaches the online encoder and the decoder and never the moving average; `forward` holds no
+EMA, no schedule and no step counter; normalisations, logits and losses are computed in fp32 whatever the autocast.
 
 Letters: B images · V visible · M masked · T tokens · D encoder width; z targets, ẑ predictions, τ temperature.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lmim.config import ModelConfig, ObjectiveConfig, model_dimensions
 from lmim.optim import parameter_groups
 from lmim.patches import Views, draw_views, gather_patches, imagenet, normalize_patches
-from lmim.vit import CrossDecoder, VisionTransformer, initial_values
+from lmim.vit import Decoder, VisionTransformer, initial_values
 
 
 class StepOutput(NamedTuple):
@@ -109,13 +109,14 @@ class LatentMIM(nn.Module):
         self.online = VisionTransformer(drop_path=model.drop_path, dropout=model.dropout, **encoder)
         self.target = VisionTransformer(**encoder)
         self.target.requires_grad_(False)
-        self.decoder = CrossDecoder(
+        self.decoder = Decoder(
             grid_size=model.grid_size,
             encoder_dim=dims["embed_dim"],
             embed_dim=model.decoder_dim,
             depth=model.decoder_depth,
             num_heads=model.decoder_num_heads,
             mlp_ratio=model.mlp_ratio,
+            attention=model.decoder_attention,
             visual_cues=model.visual_cues,
             learnable_positions=model.learnable_positions,
         )
@@ -190,9 +191,13 @@ class LatentMIM(nn.Module):
         visible_BV, masked_BM = views.visible_BV, views.masked_BM
         seen_BK = masked_BM if objective.target_input == "masked" else torch.cat([visible_BV, masked_BM], dim=1)
         scale = imagenet(images_BCSS.device) if images_BCSS.dtype == torch.uint8 else None
-        with torch.no_grad():
-            targets_BMD = self.target(self.patches(images_BCSS, seen_BK, views, scale), seen_BK)
-            targets_BMD = targets_BMD[:, -masked_BM.shape[1] :]
+        seen = self.patches(images_BCSS, seen_BK, views, scale), seen_BK
+        if objective.target == "joint":
+            targets_BMD = self.online(*seen, keys_B)
+        else:
+            with torch.no_grad():
+                targets_BMD = self.target(*seen)
+        targets_BMD = targets_BMD[:, -masked_BM.shape[1] :]
         encoded_BTD = self.online(self.patches(images_BCSS, visible_BV, views, scale), visible_BV, keys_B)
         predictions_BMD = self.decoder(encoded_BTD, visible_BV, masked_BM)[:, 1:]
         return self.compare(predictions_BMD, encoded_BTD[:, 1:], targets_BMD, masked_BM, similarity_target)
@@ -223,4 +228,5 @@ class LatentMIM(nn.Module):
                 loss = loss + objective.similarity_weight * excess
             of_targets = mean_similarity(targets_BMD)
             of_positions = position_similarity(targets_BMD, masked_BM, self.model.grid_size**2)
-        return StepOutput(loss, of_predictions.detach(), of_visible.detach(), of_targets, of_positions)
+        similarities = of_predictions, of_visible, of_targets, of_positions
+        return StepOutput(loss, *(similarity.detach() for similarity in similarities))

@@ -170,23 +170,28 @@ def _encoder_flops(s: Sizes, K: int) -> tuple[int, int, int]:
 def flops_per_image(config: Config) -> Flops:
     """Count the FLOPs of one image: V + 1 tokens in the online encoder, the target forward only, Q queries decoded.
 
-    A backward takes twice its forward, but what needs no gradient is left out: the patches, the targets, and fixed
-    positions as queries and keys of the visual cues.
+    A backward takes twice its forward, but what needs no gradient is left out: the patches, the targets of a moving
+    average, and fixed positions as queries and keys of the visual cues.
     """
     s = sizes(config)
     T, Q = 1 + s.V, 1 + s.M
     embed, blocks, projector = _encoder_flops(s, s.V)
     online = embed + blocks + projector
-    block = 8 * Q * s.E**2 + 4 * Q**2 * s.E  # self-attention
-    block += 4 * Q * s.E**2 + 4 * T * s.E**2 + 4 * Q * T * s.E  # cross-attention
-    block += 4 * Q * s.E * s.decoder_hidden
+    A = Q + T if config.model.decoder_attention == "self" else Q  # tokens in a block of the decoder
+    block = 8 * A * s.E**2 + 4 * A**2 * s.E + 4 * A * s.E * s.decoder_hidden
+    if config.model.decoder_attention == "cross":
+        block += 4 * Q * s.E**2 + 4 * T * s.E**2 + 4 * Q * T * s.E
     cues = 4 * s.M * s.V * s.E * config.model.visual_cues
     decoder = 2 * T * s.D * s.E + cues + s.decoder_depth * block + 2 * Q * s.E * s.D
     loss = 2 * s.M**2 * s.D if config.objective.loss == "infonce" else 0
+    target_embed, target_blocks, target_projector = _encoder_flops(s, s.seen)
+    target = target_embed + target_blocks + target_projector
     backward = 2 * (online + decoder + loss) - embed - loss
+    if config.objective.target == "joint":
+        backward += 2 * target - target_embed + loss
     if not config.model.learnable_positions:
         backward -= cues * 3 // 2
-    return Flops(sum(_encoder_flops(s, s.seen)), online, decoder, loss, backward, blocks + s.decoder_depth * block)
+    return Flops(target, online, decoder, loss, backward, blocks + s.decoder_depth * block)
 
 
 # --- bytes kept ------------------------------------------------------------------------------------------------------
@@ -291,22 +296,29 @@ def activation_bytes(config: Config) -> ActivationBytes:
     """
     s, parts, again = sizes(config), count_parameters(config), config.parallel.activation_checkpointing
     a = BF16 if config.precision.compute == "bf16" else FP32
-    T, Q = 1 + s.V, 1 + s.M
-    # norms keep their fp32 input and two statistics, products their inputs, GELU its own
-    norm = 2 * FP32
-    encoder_block = T * (8 * s.D + 2 * norm + 6 * a * s.D + 2 * a * s.hidden + FP32 * s.heads)
-    decoder_block = Q * (12 * s.E + 3 * norm + 9 * a * s.E + 2 * a * s.decoder_hidden + 2 * FP32 * s.decoder_heads)
-    decoder_block += T * (norm + 3 * a * s.E)
-    blocks = s.depth * encoder_block + s.decoder_depth * decoder_block
+    T, Q, norm, joint = 1 + s.V, 1 + s.M, _NORM, config.objective.target == "joint"
+    encoder_block, rest = _kept_by_encoder(s, s.V, a)
+    encoder_blocks, tokens = s.depth * encoder_block, s.depth * T
+    if joint:
+        target_block, target_rest = _kept_by_encoder(s, s.seen, a)
+        encoder_blocks, tokens = encoder_blocks + s.depth * target_block, tokens + s.depth * (1 + s.seen)
+        encoder_block, rest = max(encoder_block, target_block), rest + target_rest
+    if config.model.decoder_attention == "self":
+        A = Q + T
+        decoder_block = A * (8 * s.E + 2 * norm + 6 * a * s.E + 2 * a * s.decoder_hidden + FP32 * s.decoder_heads)
+    else:
+        A = Q
+        decoder_block = Q * (12 * s.E + 3 * norm + 9 * a * s.E + 2 * a * s.decoder_hidden + 2 * FP32 * s.decoder_heads)
+        decoder_block += T * (norm + 3 * a * s.E)
+    blocks = encoder_blocks + s.decoder_depth * decoder_block
     if again:  # their inputs
-        blocks = FP32 * (s.depth * T * s.D + s.decoder_depth * Q * s.E)
-    hidden = s.projector[1:-1]
-    rest = a * s.V * s.pixels + T * (4 * s.D + norm)  # patches; the last norm
-    rest += T * sum(a * w for w in s.projector[:-1]) + T * sum(8 * w + norm for w in hidden)
-    rest += T * (4 * s.D + norm) * bool(s.projector[1:]) + 4 * T * s.D  # the projector's last norm; the output
+        blocks = FP32 * (tokens * s.D + s.decoder_depth * A * s.E)
     rest += a * T * s.D + FP32 * T * s.E + FP32 * s.M * s.V * config.model.visual_cues  # into the decoder
     rest += Q * (4 * s.E + norm + a * s.E)
-    rest += 4 * FP32 * s.M * s.D + FP32 * s.M**2 if config.objective.loss == "infonce" else 2 * FP32 * s.M * s.D
+    if config.objective.loss == "infonce":  # targets with a gradient keep their norms' inputs too
+        rest += (6 if joint else 4) * FP32 * s.M * s.D + FP32 * s.M**2
+    else:
+        rest += 2 * FP32 * s.M * s.D
     crop = 3 * crop_size(config.model) ** 2
     copies = 0
     if a == BF16 and config.precision.gather == "fp32":
@@ -314,6 +326,19 @@ def activation_bytes(config: Config) -> ActivationBytes:
     return ActivationBytes(
         blocks + rest + crop, again * max(encoder_block, decoder_block), _target_peak(s, a) + crop, copies
     )
+
+
+_NORM = 2 * FP32  # norms keep their fp32 input and two statistics, products their inputs, GELU its own
+
+
+def _kept_by_encoder(s: Sizes, K: int, a: int) -> tuple[int, int]:
+    """Return what is kept of K patches by one block, and by all that is no block."""
+    T = 1 + K
+    block = T * (8 * s.D + 2 * _NORM + 6 * a * s.D + 2 * a * s.hidden + FP32 * s.heads)
+    rest = a * K * s.pixels + T * (4 * s.D + _NORM)  # patches; the last norm
+    rest += T * sum(a * w for w in s.projector[:-1]) + T * sum(8 * w + _NORM for w in s.projector[1:-1])
+    rest += T * (4 * s.D + _NORM) * bool(s.projector[1:]) + 4 * T * s.D  # the projector's last norm; the output
+    return block, rest
 
 
 def _target_peak(s: Sizes, a: int) -> int:
@@ -348,7 +373,7 @@ def collectives(config: Config, split: Split) -> list[Collective]:
 
     Gradients are reduced once a step. ZeRO-1 and 2 sum whole buckets on every rank (DeepSpeed's
     `use_multi_rank_bucket_allreduce`), then gather the stepped weights. Cut weights are gathered in every micro-batch:
-    all parts in its forward, online encoder and decoder again in its backward unless they are kept. What ZeRO-3 has
+    all parts in its forward, what has a gradient again in its backward unless it is kept. What ZeRO-3 has
     gathered ahead at the turn (`PREFETCH` numbers at most) it need not gather twice; that is left out.
     """
     parts, parallel, precision = count_parameters(config), config.parallel, config.precision
@@ -357,6 +382,8 @@ def collectives(config: Config, split: Split) -> list[Collective]:
     how = dict(flat=flat, bf16=precision.gather == "bf16")
     back = ranks * parts.trained_cut_bytes(ranks, **how)
     target = ranks * parts.target.cut_bytes(ranks, **how)
+    if config.objective.target == "joint" and not parallel.keep_gathered:
+        target *= 2  # the online encoder in its place, also in the backward
     reduced = ranks * parts.trained_cut_bytes(ranks, flat=flat, bf16=half)
     if parallel.backend == "local":
         sent = []

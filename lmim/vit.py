@@ -1,4 +1,4 @@
-"""The networks: a Vision Transformer that reads any subset of patches, and the cross-attention decoder.
+"""The networks: a Vision Transformer that reads any subset of patches, and the decoder.
 
 Owns attention, blocks, positions, the projector and the initialisation. The invariants: parameter names are a public
 contract that follows timm, and `initial_values` gives every parameter and buffer from (seed, name) alone, so the
@@ -307,11 +307,12 @@ class DecoderBlock(nn.Module):
         return q + self.mlp(self.norm3(q))
 
 
-class CrossDecoder(nn.Module):
+class Decoder(nn.Module):
     """Predicts the latents of the masked cells from the encoder's tokens of the visible ones.
 
     Mask tokens are one learned vector plus, as visual cues, the softmax(PE(q)·PE(j)ᵀ/√E)-weighted sum of the visible
-    tokens j, so that every query starts from what lies near it (paper, section 3.2).
+    tokens j, so that every query starts from what lies near it (paper, section 3.2). With `attention="self"` blocks are
+    an encoder's, in which mask tokens and visible ones attend to each other (MAE): what the paper compares with.
     """
 
     def __init__(
@@ -323,16 +324,22 @@ class CrossDecoder(nn.Module):
         depth: int = 3,
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
+        attention: str = "cross",
         visual_cues: bool = True,
         learnable_positions: bool = False,
     ):
         super().__init__()
-        self.visual_cues = visual_cues
+        self.attention, self.visual_cues = attention, visual_cues
         self.embed = nn.Linear(encoder_dim, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         _register_positions(self, embed_dim, grid_size, learnable_positions)
-        self.blocks = nn.ModuleList(DecoderBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, 0.0, 0.0, f"decoder {i}")
+            if attention == "self"
+            else DecoderBlock(embed_dim, num_heads, mlp_ratio)
+            for i in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.head = nn.Linear(embed_dim, encoder_dim)
         self.grid_size, self.recompute = grid_size, False
@@ -340,6 +347,11 @@ class CrossDecoder(nn.Module):
     def forward(self, encoded_BTD: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
         """Map encoder tokens (B, 1 + V, D) to predictions (B, 1 + M, D), the decoder's class token first."""
         q_BTE, x_BTE = self.enter(encoded_BTD, visible_BV, masked_BM)
+        if self.attention == "self":
+            all_BTE = torch.cat([q_BTE, x_BTE], dim=1)
+            for block in self.blocks:
+                all_BTE = run_block(block, self.recompute, all_BTE)
+            return self.leave(all_BTE[:, : q_BTE.shape[1]])
         for block in self.blocks:
             q_BTE = run_block(block, self.recompute, q_BTE, x_BTE)
         return self.leave(q_BTE)

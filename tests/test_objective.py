@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lmim.config import ModelConfig, ObjectiveConfig
 from lmim.objective import LOSSES, LatentMIM, chance_level, mean_similarity, position_similarity
+from lmim.patches import normalize_images
 from lmim.vit import sincos_positions
 
 torch.set_num_threads(1)
@@ -170,7 +173,34 @@ def test_gradient_reaches_online_encoder_and_decoder_and_not_the_target(loss, le
     assert learned == ("online.pos_embed" in trained) == ("decoder.pos_embed" in trained)
 
 
+@pytest.mark.parametrize("target_input", ["masked", "all"])
+@pytest.mark.parametrize("loss", ["infonce", "norm_l2", "mse"])
+def test_a_joint_target_has_a_gradient_of_its_own(loss, target_input):
+    """By finite differences in fp64 along a random direction: the loss depends on the encoder through targets too."""
+    model = latent_mim(loss=loss, target="joint", target_input=target_input).double()
+    images, keys = crops(2), torch.arange(2)
+
+    def loss_of() -> Tensor:
+        with mock.patch.object(Tensor, "float", Tensor.double):
+            return model(normalize_images(images).double(), keys, 0.5).loss
+
+    loss_of().backward()
+    encoder = [p for p in model.online.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in encoder]
+    slope = sum((p.grad * d).sum() for p, d in zip(encoder, direction, strict=True)).item()
+    values = []
+    with torch.no_grad():
+        for step in (1e-5, -2e-5):
+            torch._foreach_add_(encoder, direction, alpha=step)
+            values.append(loss_of().item())
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+    assert all(p.grad is None for p in model.target.parameters())
+
+
 OPTIONS = dict(
+    target=["ema", "joint"],
+    decoder_attention=["cross", "self"],
     target_input=["masked", "all"],
     gap_jitter=["released", "full"],
     visual_cues=[True, False],
@@ -198,7 +228,13 @@ def test_options_change_what_they_name():
 
     plain = loss_with()
     changed = dict(
-        target_input="all", gap_jitter="full", visual_cues=False, projector_depth=1, drop_path=0.9, dropout=0.3
+        target_input="all",
+        gap_jitter="full",
+        decoder_attention="self",
+        visual_cues=False,
+        projector_depth=1,
+        drop_path=0.9,
+        dropout=0.3,
     )
     for key, value in changed.items():
         assert loss_with(**{key: value}) != pytest.approx(plain, abs=1e-6), key

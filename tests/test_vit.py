@@ -2,14 +2,16 @@
 
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
-from lmim.vit import BranchNoise, CrossAttention, CrossDecoder, VisionTransformer, sincos_positions
+from lmim.vit import BranchNoise, CrossAttention, Decoder, VisionTransformer, sincos_positions
 
 torch.set_num_threads(1)
 SIZES = dict(grid_size=5, patch_size=4, embed_dim=24, depth=3, num_heads=3, projector_dim=40, projector_depth=2)
@@ -126,8 +128,8 @@ BUILDERS = {
     "encoder": lambda: VisionTransformer(**SIZES),
     "encoder, learned positions": lambda: VisionTransformer(**SIZES, learnable_positions=True),
     "encoder without projector": lambda: VisionTransformer(**{**SIZES, "projector_depth": 0}),
-    "decoder": lambda: CrossDecoder(**DECODER),
-    "decoder, learned positions": lambda: CrossDecoder(**DECODER, learnable_positions=True),
+    "decoder": lambda: Decoder(**DECODER),
+    "decoder, learned positions": lambda: Decoder(**DECODER, learnable_positions=True),
 }
 
 
@@ -333,7 +335,7 @@ def test_cross_attention_is_torchs_multihead_attention():
 @torch.no_grad()
 def test_mask_tokens_carry_visual_cues(cues):
     """What enters the first block, against loops: cues weigh x without positions and without the class token."""
-    decoder = shaken(CrossDecoder(**DECODER, visual_cues=cues))
+    decoder = shaken(Decoder(**DECODER, visual_cues=cues))
     order = torch.stack([torch.randperm(25), torch.randperm(25)])
     visible, masked, encoded = order[:, :6], order[:, 6:], torch.randn(2, 7, 24)
     seen = {}
@@ -356,8 +358,23 @@ def test_mask_tokens_carry_visual_cues(cues):
 
 
 @torch.no_grad()
+def test_a_decoder_of_self_attention_is_timms_blocks_over_mask_tokens_and_visible_ones():
+    decoder = shaken(Decoder(**DECODER, attention="self"))
+    order = torch.stack([torch.randperm(25), torch.randperm(25)])
+    visible, masked, encoded = order[:, :6], order[:, 6:], torch.randn(2, 7, 24)
+    x = torch.cat(decoder.enter(encoded, visible, masked), dim=1)
+    assert x.shape == (2, 1 + 19 + 1 + 6, 16)
+    for ours in decoder.blocks:
+        theirs = TimmBlock(16, 4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        theirs.load_state_dict(ours.state_dict())
+        x = theirs(x)
+    expected = decoder.head(decoder.norm(x[:, :20]))
+    torch.testing.assert_close(decoder(encoded, visible, masked), expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_decoder_blocks_all_read_the_same_context():
-    decoder = shaken(CrossDecoder(**DECODER))
+    decoder = shaken(Decoder(**DECODER))
     contexts = []
     for block in decoder.blocks:
         block.register_forward_pre_hook(lambda module, inputs: contexts.append(inputs[1].clone()))

@@ -29,7 +29,7 @@ from lmim.data.shards import ShardIndex
 from lmim.dist import Topology, gather_rows
 from lmim.eval.feature_cache import FeatureCache, identity_of
 from lmim.patches import normalize_images
-from lmim.vit import CrossDecoder, VisionTransformer
+from lmim.vit import Decoder, VisionTransformer
 
 MOST_PIXELS = 32  # a side, of raw pixels as features: an image of 224 px would be 150,528 numbers
 
@@ -46,7 +46,7 @@ class Subject(NamedTuple):
 
     name: str
     encoder: VisionTransformer | None = None
-    decoder: CrossDecoder | None = None  # at the grid of the view
+    decoder: Decoder | None = None  # at the grid of the view
 
 
 class Reading(NamedTuple):
