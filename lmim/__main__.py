@@ -28,16 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from lmim import __version__
-from lmim.checkpoint import SaveError
 from lmim.config import ConfigError, load_config, neighbours_of
 from lmim.data.datasets import open_source
-from lmim.data.loader import DataError
 from lmim.data.shards import INDEX, ShardIndex
-from lmim.data.storage import StorageError
 from lmim.export import SUFFIXES, export, format_of
 from lmim.forecast import GPUS, IMAGENET_IMAGES, Cluster, plan, print_plan
 from lmim.formats import describe, read_weights
-from lmim.train import DONE, TrainingError, train
+from lmim.train import DONE, MISTAKES, last_line, train
 
 OTHER_RANKS_WAIT_S = 3.0
 
@@ -52,10 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         parsed.overrides = [*parsed.overrides, *rest]
     try:
         return parsed.run(parsed)
-    except (ConfigError, DataError, SaveError, StorageError, TrainingError) as error:
+    except MISTAKES as error:
         # All ranks see most mistakes: the first speaks, and the launcher ends the others before they repeat it.
         rank = os.environ.get("RANK", "0")
-        words = str(error).strip().splitlines()[-1]  # a loader worker's error comes with its traceback in front
+        words = last_line(error)
         if rank != "0":
             time.sleep(OTHER_RANKS_WAIT_S)
         print(f"error: {words}" if rank == "0" else f"error on rank {rank}: {words}", file=sys.stderr, flush=True)

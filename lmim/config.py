@@ -331,7 +331,7 @@ POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_si
             "probe.attentive_learning_rates", "probe.attentive_epochs", "probe.attentive_batch", "probe.memory_gb",
             "probe.shots", "probe.trials", "probe.l2", "segment.size", "segment.clusters", "davis.short_side",
             "davis.top_k", "davis.temperature", "finetune.global_batch", "finetune.micro_batch", "finetune.base_lr",
-            "finetune.layer_decay", "finetune.grid", "finetune.norm_eps", "checkpoint.keep")  # fmt: skip
+            "finetune.layer_decay", "finetune.norm_eps", "checkpoint.keep")  # fmt: skip
 NOT_NEGATIVE = ("run.seed", "run.time_limit_minutes", "model.patch_gap", "model.projector_depth",
                 "objective.similarity_weight", "data.workers", "optim.weight_decay", "optim.clip_norm",
                 "probe.weight_decay", "segment.count", "segment.pictures", "davis.past_frames",
@@ -343,7 +343,7 @@ BELOW_ONE = ("model.drop_path", "model.dropout", "optim.betas", "probe.held_out"
              "finetune.drop_path", "finetune.label_smoothing")  # fmt: skip
 NOT_EMPTY = ("eval.encoders", "probe.layers", "probe.poolings", "probe.learning_rates",
              "probe.attentive_learning_rates", "probe.shots", "segment.clusters")  # fmt: skip
-RANDAUGMENT = r"rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?|-t[a-z]+)*"  # of timm
+RANDAUGMENT = r"rand(-(m|mmax)(\d|10)|-(n|inc)\d+|-(mstd|p)\d+(\.\d+)?|-t(weights|3a|3aw))*"  # of timm
 MAX_SOURCES = 256  # with weights: their turns are counted in 1024ths
 MAX_GRID = 256  # cells a side that `draw_views` can number
 MAX_SEED = 2**63 - 1
@@ -518,7 +518,8 @@ def changed_options(old: Config, new: Config, *, neutral: bool = False) -> list[
     before, now = result_options(old), result_options(new)
     if neutral:
         before, now = ({k: v for k, v in flatten(of).items() if k not in before} for of in (old, new))
-    return [f"{key} ({before[key]} there, {now[key]} now)" for key in now if before[key] != now[key]]
+    both = [key for key in now if key in before]  # section `finetune` is one task's: `run.task` tells the difference
+    return [f"{key} ({before[key]} there, {now[key]} now)" for key in both if before[key] != now[key]]
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -545,6 +546,15 @@ class Split:
 
 def validate(config: Config, world_size: int) -> Split:
     """Check the whole configuration for a number of ranks and return how a batch is split over them."""
+    check(config)
+    _check_ranks(config.parallel, world_size)
+    split = _split(config, world_size)
+    _check_finetune(config, split)
+    return split
+
+
+def check(config: Config) -> None:
+    """Check all that does not depend on the number of ranks: what an evaluation needs of the configuration of a run."""
     flat = flatten(config)
     _check_choices(flat)
     if not config.run.folder.strip():
@@ -569,10 +579,8 @@ def validate(config: Config, world_size: int) -> Split:
     ):
         total = 0 if key.endswith(".duration") else 100
         duration_steps(flat[key], steps_per_epoch=1.0, total_steps=total, key=key)
-    _check_parallel(config, world_size)
-    split = _split(config, world_size)
-    _check_finetune(config, split)
-    return split
+    _check_parallel(config)
+    _check_recipe(config.finetune)
 
 
 def _check_choices(flat: dict[str, Any]) -> None:
@@ -667,9 +675,7 @@ def neighbours_of(evaluation: EvalConfig) -> list[Any]:
     return evaluation.k if isinstance(evaluation.k, list) else [evaluation.k]
 
 
-def _check_parallel(config: Config, world_size: int) -> None:
-    parallel, precision = config.parallel, config.precision
-    cut = parallel.backend == "fsdp" or (parallel.backend == "deepspeed" and parallel.zero_stage == 3)
+def _check_ranks(parallel: ParallelConfig, world_size: int) -> None:
     if parallel.backend == "local" and world_size > 1:
         raise ConfigError(
             f"parallel.backend (local) runs one process, not {world_size}: choose one of deepspeed and fsdp"
@@ -678,6 +684,11 @@ def _check_parallel(config: Config, world_size: int) -> None:
         fits = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
         raise ConfigError(f"parallel.shard_ranks ({parallel.shard_ranks}) does not divide the number of ranks "
                           f"({world_size}): take one of {fits}")  # fmt: skip
+
+
+def _check_parallel(config: Config) -> None:
+    parallel, precision = config.parallel, config.precision
+    cut = parallel.backend == "fsdp" or (parallel.backend == "deepspeed" and parallel.zero_stage == 3)
     if parallel.deepspeed_config and parallel.backend != "deepspeed":
         raise ConfigError(f"parallel.deepspeed_config ({parallel.deepspeed_config}) means nothing to parallel.backend "
                           f"({parallel.backend}): leave it empty, or take deepspeed")  # fmt: skip
@@ -695,11 +706,16 @@ def _check_parallel(config: Config, world_size: int) -> None:
         )
 
 
+def _check_recipe(finetune: FinetuneConfig) -> None:
+    if finetune.randaugment and not re.fullmatch(RANDAUGMENT, finetune.randaugment):
+        raise ConfigError(f"finetune.randaugment ({finetune.randaugment}) must be written as timm does, with "
+                          f"magnitudes up to 10, such as {FinetuneConfig().randaugment}, or empty")  # fmt: skip
+    if finetune.grid is not None and not 2 <= finetune.grid <= MAX_GRID:
+        raise ConfigError(f"finetune.grid ({finetune.grid}) must be from 2 to {MAX_GRID} cells a side")
+
+
 def _check_finetune(config: Config, split: Split) -> None:
     finetune = config.finetune
-    if finetune.randaugment and not re.fullmatch(RANDAUGMENT, finetune.randaugment):
-        raise ConfigError(f"finetune.randaugment ({finetune.randaugment}) must be written as timm does, such as "
-                          f"{FinetuneConfig().randaugment}, or empty")  # fmt: skip
     if config.run.task != "finetune":
         return
     if config.model.patch_gap:

@@ -29,6 +29,7 @@ from lmim.dist import Topology, mean_over_ranks
 
 logger = logging.getLogger(__name__)
 LOG_FILE, EVAL_FILE, TEXT_FILE, UNREADABLE_FOLDER = "log.jsonl", "eval.jsonl", "train.log", "unreadable"
+RUN_ENDS = "the run ends here: "  # how the text log's last line begins where an error ended the run
 NAMED_IN_LOG = 10  # images that a rank could not read
 
 
@@ -222,6 +223,7 @@ def set_up_logging(run_folder: Path | None, is_main: bool) -> None:
     root.setLevel(logging.INFO if is_main else logging.WARNING)
     screen = _Screen() if is_main else logging.StreamHandler(sys.stderr)
     screen.setFormatter(logging.Formatter("%(message)s"))
+    screen.addFilter(lambda record: not getattr(record, "file_only", False))
     if sys.stdout.isatty():  # the moving line shows progress there
         screen.addFilter(lambda record: not getattr(record, "progress", False))
     root.addHandler(screen)

@@ -35,6 +35,7 @@ from lmim.health import Health
 from lmim.metrics import (
     EVAL_FILE,
     LOG_FILE,
+    RUN_ENDS,
     JsonLines,
     Meters,
     ProgressLine,
@@ -59,6 +60,14 @@ DONE_FILE, STOP_FILE, STACKS_FOLDER = "done.json", "stop", "stacks"
 
 class TrainingError(Exception):  # no RuntimeError, as of a collective: all ranks come to it, and none is lost
     """The run cannot go on; the message says why and from where to take it up."""
+
+
+MISTAKES = (ConfigError, DataError, checkpoint.SaveError, StorageError, TrainingError)  # one line says it all
+
+
+def last_line(error: Exception) -> str:
+    """Return an error's words in one line: a loader worker's error comes with its traceback in front."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 class Plan:
@@ -300,6 +309,9 @@ def train(config: Config | str | Path) -> int:
     except BaseException as error:
         run.backend.abandon()
         dist.fail(error)
+        if isinstance(error, Exception):  # whoever called `train` shows it on the screen
+            name = "" if isinstance(error, MISTAKES) else f"{type(error).__name__}: "
+            logger.error("%s%s%s", RUN_ENDS, name, last_line(error), extra={"file_only": True})
         raise
     finally:
         stop.close()

@@ -120,6 +120,39 @@ def test_an_unreadable_image_is_counted_named_and_skipped(shards, tmp_path):
     assert rows[-1]["skipped_images"] == 1 and rows[0]["skipped_images"] <= 1
 
 
+@pytest.mark.parametrize(
+    ("setting", "code", "words"),
+    [
+        ("optim.base_lr=1.0e+30", 1, "loss or gradient was not finite in 3 steps in a row"),
+        ("data.tail=drop", 2, "data.tail (drop) leaves nothing of 300 images"),
+    ],
+)
+def test_what_ends_a_run_stands_in_its_log_and_report(shards, tmp_path, capsys, setting, code, words):
+    folder = tmp_path / "run"
+    arguments = train_command(shards, folder, "parallel.backend=local", "optim.duration=20st", "optim.warmup=0st",
+                              setting, *(["data.global_batch=320"] if code == 2 else []))[3:]  # fmt: skip
+    assert main(arguments) == code
+    printed = capsys.readouterr()
+    assert printed.err.count(words) == 1 and words not in printed.out  # said once on the screen
+    lines = [line for line in (folder / "train.log").read_text().splitlines() if words in line]
+    assert len(lines) == 1 and " ERROR the run ends here: " in lines[0]
+    if code == 1:
+        assert main(["report", str(folder)]) == 0
+        page = (folder / "report.html").read_text()
+        assert "Ended by an error after step" in page and words in page
+
+
+def test_a_fault_of_the_program_stands_in_the_log_too(shards, tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(sys.modules["lmim.train"], "_steps", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(train_command(shards, tmp_path / "run", "parallel.backend=local", "optim.duration=1st")[3:])
+    last = (tmp_path / "run" / "train.log").read_text().splitlines()[-1]
+    assert last.endswith("ERROR the run ends here: ZeroDivisionError: a fault")
+
+
 @pytest.mark.slow
 def test_too_many_unreadable_images_end_the_run_with_a_clear_line(shards, tmp_path):
     """One of five shards holds zeros: on two ranks the run stops by itself, and goes on where that is allowed."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from lmim.eval.results import read_results
 from lmim.formats import build_decoder, build_encoder, read_weights
 from lmim.patches import normalize_images
 from lmim.vit import VisionTransformer
-from tests.conftest import REPOSITORY, TINY, free_port, process_environment
+from tests.conftest import REPOSITORY, TINY, free_port, losses, process_environment, run_training
 
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
@@ -329,3 +332,102 @@ def test_the_loop_refuses_what_only_a_checkpoint_can_give(shards, tmp_path, caps
         capsys.readouterr()
         assert main([*base, f"data.train={shards}/train", setting]) == 2
         assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["linear", "attentive", "fewshot", "finetune"])
+def test_one_class_is_nothing_to_tell_apart(run_folder, tmp_path, capsys, name):
+    one = shards_of(tmp_path / "one", [0] * 6)
+    line = refused(capsys, name, run_folder, f"data.train={one}", f"data.eval={one}", "probe.shots=[1]",
+                   f"finetune.folder={tmp_path}/tuned")  # fmt: skip
+    assert "one class only" in line and str(one) in line
+
+
+def unreadable(shards: Path, folder: Path) -> Path:
+    """Return a copy of shards in which every image's bytes are zeros."""
+    shutil.copytree(shards, folder)
+    for tar in folder.glob("*.tar"):
+        with tarfile.open(tar) as archive:
+            members = [member for member in archive if member.name.endswith(".png")]
+        with tar.open("r+b") as file:
+            for member in members:
+                file.seek(member.offset_data)
+                file.write(bytes(member.size))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["knn", "linear", "attentive", "fewshot", "finetune", "segment"])
+def test_no_image_that_can_be_read(run_folder, shards, tmp_path, capsys, caplog, name):
+    """One line says so, after the first few images by name, and not all of a hundred."""
+    for split in ("eval",) if name in ("finetune", "segment") else ("train", "eval"):
+        bad = unreadable(shards / split, tmp_path / split)
+        caplog.clear()
+        line = refused(capsys, name, run_folder, f"data.{split}={bad}", "eval.baselines=[]", *QUICK,
+                       f"finetune.folder={tmp_path}/tuned", "finetune.duration=1st", "finetune.warmup=0st")  # fmt: skip
+        assert str(bad) in line and "none of the" in line
+        assert len([record for record in caplog.records if "skipped" in record.getMessage()]) <= 10
+
+
+def test_labels_that_are_no_class_numbers(run_folder, shards, tmp_path, capsys):
+    def changed(name: str, labels: Callable[[np.ndarray], np.ndarray]) -> Path:
+        folder = Path(shutil.copytree(shards / "eval", tmp_path / name))
+        for table in folder.glob("*.npz"):
+            columns = dict(np.load(table))
+            np.savez(table, **(columns | dict(labels=labels(columns["labels"]))))
+        return folder
+
+    for name in ("knn", "linear", "attentive", "fewshot"):
+        line = refused(capsys, name, run_folder, f"data.eval={changed(f'{name} halves', lambda y: y + 0.5)}")
+        assert "does not fit shard-000000.tar: shard the images again" in line
+        line = refused(capsys, name, run_folder, f"data.eval={changed(f'{name} huge', lambda y: y + 10**7)}")
+        assert "data.eval" in line and "number classes from 0" in line
+
+
+def test_heads_that_nobody_tells_are_asked_for_alike(run_folder, tmp_path, capsys):
+    vit = timm.models.VisionTransformer(img_size=28, patch_size=4, embed_dim=48, depth=1, num_heads=4, num_classes=0)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    for name in ("knn", "linear", "attentive", "fewshot", "finetune", "segment"):
+        line = refused(capsys, name, run_folder, "--checkpoint", tmp_path / "vit.safetensors")
+        assert "set model.embed_dim=48 and model.num_heads" in line, name
+
+
+def test_what_a_run_said_of_its_ranks_stops_no_evaluation(run_folder, capsys):
+    """One that was trained with replicas of two ranks, on more than one."""
+    settings = ["parallel.backend=fsdp", "parallel.shard_ranks=2", "eval.baselines=[]"]
+    assert evaluated(capsys, "knn", run_folder, *settings)["online"]["leave_one_out"] > 0
+    assert "segment.clusters" in refused(capsys, "segment", run_folder, *settings, "segment.clusters=[]")
+
+
+def test_what_cannot_be_recorded_is_printed_all_the_same(run_folder, tmp_path, capsys, caplog):
+    folder = Path(shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.jsonl", "knn.json")))
+    (folder / "evaluations.jsonl").mkdir()  # as a disk that has become read-only, for root too
+    (folder / "knn.json").mkdir()
+    assert set(evaluated(capsys, "knn", folder, "eval.baselines=[]")) == {"online"}
+    assert "evaluations.jsonl cannot be written" in caplog.text and "knn.json cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["segment.out", "run.folder"])
+def test_pictures_that_have_no_place_are_refused_before_the_work(run_folder, tmp_path, capsys, setting):
+    (tmp_path / "file").write_text("no folder")
+    line = refused(capsys, "segment", run_folder, "--checkpoint", run_folder, f"{setting}={tmp_path}/file/in")
+    assert f"{tmp_path}/file/in" in line and setting in line and "cannot be written" in line
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", [["parallel.backend=deepspeed", "parallel.zero_stage=1"],
+                                    ["parallel.backend=deepspeed", "parallel.zero_stage=3"],
+                                    ["parallel.backend=fsdp"]], ids=" ".join)  # fmt: skip
+def test_the_loop_of_two_ranks_finds_what_one_finds(run_folder, shards, tmp_path, chosen):
+    """All cheap evaluations of both encoders, amid training; batches that the ranks have different numbers of."""
+    often = ["optim.duration=4st", "eval.knn_every=2st", "eval.gallery_every=4st", "eval.fewshot_every=2st",
+             "eval.encoders=[online,target]", "eval.batch=17", *QUICK]  # fmt: skip
+    run_training(shards, tmp_path / "run", *chosen, *often, ranks=2, launcher="torchrun")
+    ours, alone = (
+        [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "run", run_folder)
+    )
+    assert [set(row) for row in ours] == [set(row) for row in alone] and len(ours) == 3
+    assert ours[0] == alone[0]  # of the same weights
+    for mine, theirs in zip(ours[1:], alone[1:], strict=True):
+        assert mine == pytest.approx(theirs, abs=0.021)  # two images of 100: weights differ by rounding
+    assert losses(tmp_path / "run") == pytest.approx(losses(run_folder), rel=1e-5)

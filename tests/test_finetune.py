@@ -23,10 +23,11 @@ from timm.optim import param_groups_layer_decay
 from lmim import checkpoint, load_encoder
 from lmim.__main__ import main
 from lmim.classifier import Classifier
-from lmim.config import FinetuneConfig, ModelConfig, load_config
+from lmim.config import ConfigError, FinetuneConfig, ModelConfig, load_config, validate
 from lmim.convert import to_timm
 from lmim.data.augment import AUGMENT, Augment, seed
 from lmim.dist import Topology
+from lmim.eval.finetune import finetune_config
 from lmim.eval.results import read_results
 from lmim.formats import read_weights
 from lmim.patches import IMAGENET_MEAN, IMAGENET_STD, normalize_images
@@ -382,6 +383,24 @@ def test_another_models_encoder_at_another_grid(shards, tmp_path, capsys, poolin
     assert (model.num_heads, model.patch_gap) == (4, 0)
 
 
+def test_a_last_step_that_was_left_out_has_no_loss_to_tell(pretrained, tmp_path, capsys):
+    arguments = command(pretrained, f"finetune.folder={tmp_path}/run", "finetune.base_lr=1e30", "finetune.warmup=0st",
+                        "finetune.duration=3st", "precision.compute=fp32")  # fmt: skip
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["online"]
+    assert found["loss"] is None and found["steps"] == 3
+
+
+def test_the_pretrainings_batch_need_not_fit_the_ranks_that_fine_tune(pretrained, monkeypatch):
+    """On three ranks: of 32 images for pretraining, and 48 for fine-tuning."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = load_config(pretrained, ["finetune.global_batch=48", "parallel.backend=fsdp"])
+    with pytest.raises(ConfigError, match="not divisible"):
+        validate(config, 3)
+    assert validate(finetune_config(config, None, "online"), 3).accumulate == 1
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -410,6 +429,9 @@ def refused(capsys, arguments: list[str]) -> str:
         (["data.eval="], ["data.eval is empty"]),
         (["eval.resize=20"], ["eval.resize (20)", "28"]),
         (["finetune.grid=9"], ["eval.resize (28)", "36 px"]),
+        (["finetune.grid=1"], ["finetune.grid (1)", "from 2 to 256"]),
+        (["finetune.randaugment=rand-m99-inc1"], ["finetune.randaugment (rand-m99-inc1)", "up to 10"]),
+        (["finetune.folder=RUN"], ["run.task (pretrain there, finetune now)", "take another finetune.folder"]),
         (["run.task=finetune"], ["is a fine-tuning run itself"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,
@@ -418,7 +440,8 @@ def test_bad_input_is_refused_in_one_line(pretrained, tmp_path, capsys, more, na
     vit = timm.models.VisionTransformer(img_size=28, patch_size=4, embed_dim=192, depth=1, num_heads=3, num_classes=0)
     torch.save(vit.state_dict(), tmp_path / "encoder.pth")
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "headless.pth")
-    places = {"ENCODER": str(tmp_path / "encoder.pth"), "HEADLESS": str(tmp_path / "headless.pth")}
+    places = {"ENCODER": str(tmp_path / "encoder.pth"), "HEADLESS": str(tmp_path / "headless.pth"),
+              "finetune.folder=RUN": f"finetune.folder={pretrained}"}  # fmt: skip
     arguments = command(pretrained, f"finetune.folder={tmp_path}/run", *(places.get(word, word) for word in more))
     line = refused(capsys, arguments)
     for words in named:

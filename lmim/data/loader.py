@@ -48,6 +48,7 @@ from lmim.randomness import sample_key
 
 logger = logging.getLogger(__name__)
 UNREADABLE = -2  # label of an evaluation image that could not be read
+NAMED_SKIPPED = 10  # images of an evaluation that a worker could not read
 EMBEDDED = ("embedded:train", "embedded:eval")
 MAX_WORKERS = 16
 PREFETCH = 4  # batches that a worker is ahead
@@ -88,7 +89,10 @@ def _sharded(spec: str, run_folder: Path) -> str:
         return spec
     folder = run_folder / "shards" / spec.partition(":")[2]
     if not (folder / INDEX).is_file():
-        write_shards(open_source(spec), folder, overwrite=True)
+        try:
+            write_shards(open_source(spec), folder, overwrite=True)
+        except OSError as error:
+            raise ConfigError(f"run.folder ({run_folder}) cannot be written: {error.strerror}") from error
     return str(folder)
 
 
@@ -441,6 +445,7 @@ class EvalImages(torch.utils.data.Dataset):
 
     def __init__(self, index: ShardIndex, sample_ids: np.ndarray, resize: int, crop: int):
         self.reader, self.sample_ids, self.resize, self.crop = ShardReader(index), sample_ids, resize, crop
+        self.skipped = 0  # by this worker
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -454,7 +459,10 @@ class EvalImages(torch.utils.data.Dataset):
                 raise sample
             view = eval_view(sample.image, self.resize, self.crop)
         except (Damaged, ImageError) as error:
-            logger.warning("skipped sample %d: %s", self.sample_ids[place], error)
+            self.skipped += 1
+            if self.skipped <= NAMED_SKIPPED:
+                more = " (further ones are not named)" if self.skipped == NAMED_SKIPPED else ""
+                logger.warning("skipped sample %d: %s%s", self.sample_ids[place], error, more)
             return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), UNREADABLE
         return torch.from_numpy(view).permute(2, 0, 1), -1 if sample.label is None else sample.label
 

@@ -243,6 +243,7 @@ class ShardIndex:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{without_secrets(path)} cannot be read ({reason}): shard the images again") from error
         fits = all(len(column) == shard.samples for column in table)
+        fits = fits and all(column.dtype.kind in "iu" for column in (table.offsets, table.sizes, table.labels))
         if not fits or (table.offsets < 0).any() or (table.offsets + table.sizes > shard.bytes).any():
             raise ConfigError(f"{path} does not fit {shard.name}: shard the images again")
         return table

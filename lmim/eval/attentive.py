@@ -28,8 +28,8 @@ from lmim import dist
 from lmim.config import Config
 from lmim.data.loader import UNREADABLE
 from lmim.data.shards import ShardIndex
-from lmim.eval.case import Case, check_classes, check_labels, opened
-from lmim.eval.features import Reading, Subject, check_readings, image_batches
+from lmim.eval.case import Case, check_classes, check_labels, check_several_classes, opened
+from lmim.eval.features import Reading, Subject, check_readings, image_batches, none_readable
 from lmim.eval.linear import held_out_split
 from lmim.patches import normalize_images
 from lmim.vit import NORM_EPS, CrossAttention, init_parameters
@@ -142,6 +142,8 @@ def accuracies(tokens: Tokens, ids: np.ndarray, probes: nn.ModuleList, batch: in
         correct = [(one(x).argmax(dim=1) == labels).sum() for one in probes]
         counts += torch.stack([*correct, torch.tensor(len(x), device=x.device)]).cpu()
     counts = dist.sum_over_ranks(counts)
+    if not counts[-1]:
+        raise none_readable(tokens.index)
     return (counts[:-1] / counts[-1]).tolist()
 
 
@@ -153,6 +155,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[st
     reading = Reading(config.eval.layer, "patch_mean", config.eval.norm)  # the pooling is the probe's
     with opened(config, checkpoint, which, [reading], pixels=False) as case:
         check_labels(case.train, "data.train")
+        check_several_classes(case.train)
         check_classes(case.train, case.test)
         results = {}
         for subject in case.subjects:

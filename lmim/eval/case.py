@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lmim.config import VARIANTS, Config, ConfigError, model_dimensions, validate
+from lmim.config import Config, ConfigError, check
 from lmim.data.loader import open_data
 from lmim.data.shards import ShardIndex
-from lmim.dist import Topology, discover, fail, init, shutdown
+from lmim.dist import Topology
 from lmim.eval.feature_cache import FeatureCache
 from lmim.eval.features import Features, Reading, Subject, View, check_readings, eval_sizes, extract
 from lmim.eval.results import record
-from lmim.formats import Weights, build_decoder, build_encoder, read_weights
+from lmim.eval.session import encoder_of, on_ranks
+from lmim.formats import build_decoder, read_weights
 from lmim.vit import init_parameters
 
 logger = logging.getLogger(__name__)
+MOST_CLASSES = 100_000  # a classifier has an output for every number up to the largest label
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,9 @@ def opened(config: Config, source: Path, which: str, readings: list[Reading], op
 
     `option` is what complaints about a reading's layer call it. Raises ConfigError.
     """
-    topology = discover()
-    validate(config, world_size=1)
+    check(config)
     weights = read_weights(source)
-    encoder = build_encoder(weights, which, num_heads=_heads(config, weights))
+    encoder = encoder_of(config, weights, which)
     view = eval_sizes(config, encoder)
     subject = Subject(which, encoder)
     if any(reading.pooling == "predictor" for reading in readings):
@@ -77,8 +78,7 @@ def opened(config: Config, source: Path, which: str, readings: list[Reading], op
     check_readings(readings, subject, option)
     subjects = [*_baselines(config, subject, pixels), subject]
     cache = FeatureCache(Path(config.eval.cache), config.eval.cache_gb * 1e9) if config.eval.cache else None
-    init(topology, config.parallel.timeout_minutes)
-    try:
+    with on_ranks(config) as topology:
         for one in subjects:
             for network in (one.encoder, one.decoder):
                 if network is not None:
@@ -86,24 +86,6 @@ def opened(config: Config, source: Path, which: str, readings: list[Reading], op
         train, test = open_data(config, topology)
         check_labels(test, "data.eval")
         yield Case(config, topology, subjects, view, train, test, source, which, cache)
-    except BaseException as error:
-        fail(error)
-        raise
-    finally:
-        shutdown()
-
-
-def _heads(config: Config, weights: Weights) -> int | None:
-    """Return the configuration's number of heads where the source says none; None where its width does."""
-    dims, width = model_dimensions(config.model), weights.sizes["embed_dim"]
-    if weights.sizes["num_heads"]:
-        return None
-    if dims["embed_dim"] == width:
-        return dims["num_heads"]
-    if width not in {variant["embed_dim"] for variant in VARIANTS.values()}:
-        raise ConfigError(f"{weights.path} does not tell its number of attention heads (width {width}): set "
-                          f"model.embed_dim={width} and model.num_heads")  # fmt: skip
-    return None
 
 
 def _baselines(config: Config, subject: Subject, pixels: bool) -> list[Subject]:
@@ -132,6 +114,9 @@ def check_labels(index: ShardIndex | None, key: str) -> None:
         wanted = "to train without, set data.eval= (empty)" if key == "data.eval" else "or give one that has them"
         raise ConfigError(f"{key} ({index.folder}) needs two images or more, each with a label: shard a folder with "
                           f"one subfolder a class; {wanted}")  # fmt: skip
+    if index.labels().max() >= MOST_CLASSES:
+        raise ConfigError(f"{key} ({index.folder}) has the label {index.labels().max()}: number classes from 0 on, "
+                          f"{MOST_CLASSES} at most")  # fmt: skip
 
 
 def check_classes(train: ShardIndex, test: ShardIndex) -> None:
@@ -148,6 +133,12 @@ def check_classes(train: ShardIndex, test: ShardIndex) -> None:
         raise ConfigError(f"data.train ({train.folder}) has no image of class {name}, which data.eval holds"
                           + (f" (nor of {len(missing) - 1} others)" if len(missing) > 1 else "")
                           + ": give training images of every class, or evaluation images of those alone")  # fmt: skip
+
+
+def check_several_classes(train: ShardIndex) -> None:
+    """Raise where all training images are of one class: there is nothing to tell apart."""
+    if len(np.unique(train.labels())) < 2:
+        raise ConfigError(f"data.train ({train.folder}) holds images of one class only: a classifier needs two or more")
 
 
 def class_name(index: ShardIndex, label: int) -> str:

@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lmim.config import Config, ConfigError, DavisConfig, validate
+from lmim.config import Config, ConfigError, DavisConfig, check
 from lmim.data.transforms import ImageError, decode_rgb
 from lmim.dist import Topology, progress
 from lmim.eval.masks import VOID, boundary_measure, image_size, over_frames, read_mask, region_measure, write_mask
-from lmim.eval.results import record
+from lmim.eval.results import make_folder, record
 from lmim.eval.session import check_layer, in_turns, on_ranks, open_encoder
 from lmim.patches import normalize_images
 from lmim.vit import VisionTransformer
@@ -260,7 +260,7 @@ def evaluate_checkpoint(config: Config, source: Path, which: str) -> dict[str, A
 
     The first rank returns them, the others None.
     """
-    validate(config, world_size=1)
+    check(config)
     videos = find_videos(config.davis)
     encoder = open_encoder(config, source, which)
     check_layer(config.davis.layer, "davis.layer", encoder)
@@ -274,6 +274,7 @@ def evaluate(config: Config, videos: list[Video], embed: Embed, patch_size: int,
              which: str) -> dict[str, Any] | None:  # fmt: skip
     """Do what `evaluate_checkpoint` does with any features; `embed` may be anything that gives one vector a patch."""
     out = Path(config.davis.out or Path(config.run.folder) / FOLDER)
+    make_folder(out, "davis.out, by default in run.folder")
 
     def work(video: Video) -> Measured:
         done = evaluate_video(video, embed, patch_size, config.davis, topology.device, out)

@@ -196,6 +196,8 @@ def _extract(subject: Subject, readings: list[Reading], index: ShardIndex, view:
         if stopping():
             batches.close()
             return None
+    if not any(dist.gather_objects(any(bool((part != UNREADABLE).any()) for part in labels))):
+        raise none_readable(index)
     if not labels:  # fewer samples than ranks: no rows, but of the right width
         nothing = torch.zeros(1, 3, view.crop, view.crop, dtype=torch.uint8, device=topology.device)
         parts = [[feature[:0].cpu()] for feature in read_out(subject, readings, nothing)]
@@ -207,6 +209,12 @@ def _extract(subject: Subject, readings: list[Reading], index: ShardIndex, view:
         gathered[reading] = gather_rows(torch.cat(part))
         part.clear()
     return Features(gathered, gather_rows(found[readable]), gather_rows(torch.from_numpy(mine.copy())[readable]))
+
+
+def none_readable(index: ShardIndex) -> ConfigError:
+    """Return the complaint where no image that is needed of an index can be read."""
+    return ConfigError(f"none of the images of {index.folder} that are needed can be read: repair the shards (python "
+                       "tools/verify_shards.py)")  # fmt: skip
 
 
 def image_batches(index: ShardIndex, ids: np.ndarray, view: View, config: Config,

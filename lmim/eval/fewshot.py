@@ -26,7 +26,7 @@ from lmim import dist
 from lmim.config import Config, ConfigError, ProbeConfig
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
-from lmim.eval.case import check_classes, check_labels, class_count, class_name, opened
+from lmim.eval.case import check_classes, check_labels, check_several_classes, class_count, class_name, opened
 from lmim.eval.features import Features, Reading, check_readings, reading_of
 
 CONFIDENCE = 0.95
@@ -126,11 +126,10 @@ def support_ids(index: ShardIndex, config: Config) -> np.ndarray:
 
 
 def check_shots(train: ShardIndex, probe: ProbeConfig) -> None:
-    """Raise unless every class has as many training images as the most shots."""
+    """Raise unless there are two classes, and of each as many training images as the most shots."""
+    check_several_classes(train)
     labels = train.labels()
     values, counts = np.unique(labels, return_counts=True)
-    if len(values) < 2:
-        raise ConfigError(f"data.train ({train.folder}) holds one class only: few-shot accuracy needs two or more")
     fewest = int(counts.argmin())
     if counts[fewest] < max(probe.shots):
         words = f"{counts[fewest]} {'image' if counts[fewest] == 1 else 'images'} of class"

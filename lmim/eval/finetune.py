@@ -26,17 +26,17 @@ from lmim.config import (
     ConfigError,
     ModelConfig,
     ObjectiveConfig,
+    check,
     crop_size,
     duration_steps,
     model_dimensions,
-    validate,
 )
 from lmim.data.augment import Augment
 from lmim.data.loader import UNREADABLE, Batch
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
-from lmim.eval.case import check_classes, check_labels
-from lmim.eval.features import eval_sizes, image_batches
+from lmim.eval.case import check_classes, check_labels, check_several_classes
+from lmim.eval.features import eval_sizes, image_batches, none_readable
 from lmim.eval.results import record
 from lmim.eval.session import open_encoder
 from lmim.metrics import EVAL_FILE, LOG_FILE, read_rows
@@ -60,8 +60,7 @@ class Finetuning:
         check_labels(train, "data.train")
         self.labels = train.labels()
         self.classes = max(len(train.classes or ()), int(self.labels.max()) + 1)
-        if len(np.unique(self.labels)) < 2:
-            raise ConfigError(f"data.train ({train.folder}) has images of one class only: fine-tuning needs two")
+        check_several_classes(train)
         if test is not None and names:
             eval_sizes(self.config)
             check_labels(test, "data.eval")
@@ -132,7 +131,7 @@ def hits(classifier: Classifier, index: ShardIndex, config: Config, topology: To
             return None
     images, first, among_best = map(sum, zip(*dist.gather_objects(counts.tolist()), strict=True))
     if not images:
-        raise ConfigError(f"data.eval ({index.folder}): none of its images can be read")
+        raise none_readable(index)
     return images, first, among_best
 
 
@@ -150,7 +149,7 @@ def finetune_config(config: Config, checkpoint: Path | None, which: str) -> Conf
     if config.run.task != "pretrain":
         raise ConfigError(f"run.folder ({config.run.folder}) is a fine-tuning run itself: `lmim train` goes on with "
                           "it, and `lmim eval finetune` begins with the run it was made of")  # fmt: skip
-    validate(config, dist.discover().world_size)
+    check(config)  # not for these ranks: the pretraining may have had others
     if not config.data.eval:
         raise ConfigError("data.eval is empty: give labelled shards, or fine-tuning is not evaluated")
     finetune, data, made = config.finetune, config.data, copy.deepcopy(config)
@@ -204,10 +203,11 @@ def outcome(made: Config, run_folder: Path) -> dict[str, dict[str, Any]] | None:
     """
     if not dist.discover().is_main:
         return None
-    rows, log = read_rows(Path(made.run.folder) / EVAL_FILE), read_rows(Path(made.run.folder) / LOG_FILE)
-    last, finetune = rows[-1], made.finetune
+    last, finetune = read_rows(Path(made.run.folder) / EVAL_FILE)[-1], made.finetune
     found = {name: last[name] for name in ("top1", "top5") if name in last}
-    found |= dict(epochs=last["epoch"], steps=last["step"] + 1, loss=round(log[-1]["loss"], 5),
+    losses = [row["loss"] for row in read_rows(Path(made.run.folder) / LOG_FILE)[-1:]]  # none if the log was removed
+    found |= dict(epochs=last["epoch"], steps=last["step"] + 1,
+                  loss=round(losses[0], 5) if losses and losses[0] is not None else None,  # null: it was not finite
                   pooling=finetune.pooling, folder=made.run.folder)  # fmt: skip
     results = {finetune.which: found}
     record(run_folder, "finetune", results, source=made.run.init_from or "new weights", which=finetune.which)

@@ -27,6 +27,7 @@ from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
 from lmim.eval.case import Case, check_classes, class_count, opened
 from lmim.eval.features import Features, Reading, Subject, check_readings, reading_of
+from lmim.eval.results import told_if_not_written
 
 logger = logging.getLogger(__name__)
 CHUNK = 256  # queries at a time
@@ -152,10 +153,10 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[st
     found = case.record("knn", results)
     folder = Path(config.run.folder)
     if found is not None and folder.is_dir():
-        path = folder / RESULTS_FILE
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(read_results(folder) | results, indent=1) + "\n")
-        temporary.replace(path)
+        with told_if_not_written(folder / RESULTS_FILE) as path:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(read_results(folder) | results, indent=1) + "\n")
+            temporary.replace(path)
     return found
 
 

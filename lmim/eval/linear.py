@@ -28,7 +28,7 @@ from torch import Tensor
 from lmim import dist
 from lmim.config import Config, ProbeConfig
 from lmim.dist import Topology
-from lmim.eval.case import Case, check_classes, check_labels, class_count, opened
+from lmim.eval.case import Case, check_classes, check_labels, check_several_classes, class_count, opened
 from lmim.eval.features import Features, Reading, Subject, check_readings
 
 MOMENTUM = 0.9
@@ -150,6 +150,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, which: str) -> dict[st
     """
     with opened(config, checkpoint, which, readings_of(config), "probe.layers") as case:
         check_labels(case.train, "data.train")
+        check_several_classes(case.train)
         check_classes(case.train, case.test)
         results = {subject.name: _of_subject(case, subject) for subject in case.subjects}
     return case.record("linear", results)

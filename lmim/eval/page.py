@@ -29,6 +29,7 @@ from lmim.eval.svg import draw, number, percent
 from lmim.eval.tables import Evaluation
 from lmim.eval.token_maps import CLUSTER_COUNTS, TokenMaps
 from lmim.eval.verdict import judge, now
+from lmim.metrics import RUN_ENDS
 from lmim.version import __version__
 
 HERE = Path(__file__).parent
@@ -123,6 +124,8 @@ def _state(history: History) -> str:
     last = history.text.last
     if last is not None and last.words.startswith("stopped by "):
         return f"Stopped after step {history.steps:,}{of}, at {last.date}; the same command goes on from there."
+    if last is not None and last.words.startswith(RUN_ENDS):
+        return f"Ended by an error after step {history.steps:,}{of}, at {last.date}: {last.words[len(RUN_ENDS) :]}"
     when = f" The log last grew at {history.written:%Y-%m-%d %H:%M:%S %Z}." if history.written else ""
     return f"Not complete: step {history.steps:,}{of}.{when}"
 

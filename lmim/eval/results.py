@@ -7,14 +7,19 @@ The invariant: rows are only ever added. A row tells what was measured, of which
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from lmim.config import ConfigError
 
 logger = logging.getLogger(__name__)
 RESULTS_FILE = "evaluations.jsonl"
@@ -41,8 +46,27 @@ def record(
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     row = dict(evaluation=evaluation, date=now, command=command_line(), source=str(source), which=which,
                figures=figures, pictures=list(pictures))  # fmt: skip
-    with (run_folder / RESULTS_FILE).open("a") as file:
+    with told_if_not_written(run_folder / RESULTS_FILE) as path, path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def told_if_not_written(path: Path) -> Iterator[Path]:
+    """Warn where a file cannot be written: what was measured for hours is then printed all the same."""
+    try:
+        yield path
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): what was found is only printed", path, error.strerror)
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder for an evaluation's files, or raise ConfigError before the work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(f"{folder} ({option}) cannot be written: {error.strerror}") from error
 
 
 def command_line() -> str:

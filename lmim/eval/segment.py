@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lmim.config import Config, ConfigError, validate
+from lmim.config import Config, ConfigError, check
 from lmim.data.loader import open_shards
 from lmim.data.shards import ShardReader
 from lmim.data.sources import open_folder
@@ -40,7 +40,7 @@ from lmim.eval.clusters import (
 )
 from lmim.eval.masks import confusion, matched_iou, read_mask
 from lmim.eval.panels import Panel, draw_panels
-from lmim.eval.results import record
+from lmim.eval.results import make_folder, record
 from lmim.eval.session import check_layer, in_turns, on_ranks, open_encoder
 from lmim.vit import VisionTransformer
 
@@ -164,13 +164,15 @@ def evaluate_checkpoint(config: Config, source: Path, which: str) -> dict[str, A
 
     The first rank returns them, the others None.
     """
-    validate(config, world_size=1)
+    check(config)
     options, out = config.segment, Path(config.segment.out or Path(config.run.folder) / FOLDER)
     if options.masks and not Path(options.masks).is_dir():
         raise ConfigError(f"segment.masks ({options.masks}) is no folder: give one of PNGs with the images' names")
     encoder = open_encoder(config, source, which)
     check_layer(options.layer, "segment.layer", encoder)
     size = view_size(config, encoder)
+    if options.pictures:
+        make_folder(out, "segment.out, by default in run.folder")
     with on_ranks(config) as topology:
         encoder.to(topology.device)
         chosen = choose_images(config, topology)
@@ -178,7 +180,8 @@ def evaluate_checkpoint(config: Config, source: Path, which: str) -> dict[str, A
         found = in_turns(work, chosen, topology)
         segmented = [one for one in found if one is not None]
         if not segmented:
-            raise ConfigError(f"segment.images ({options.images or config.data.eval}): no image could be read")
+            option = f"segment.images ({options.images})" if options.images else f"data.eval ({config.data.eval})"
+            raise ConfigError(f"{option}: none of the {len(found)} images that were chosen could be read")
         if not topology.is_main:
             return None
         figures = dict(images=len(segmented), skipped=len(found) - len(segmented), size=size,
@@ -245,7 +248,6 @@ def draw(panels: list[Panel], out: Path) -> list[Path]:
     """Draw all panels into one picture, and each into one by the image's name; return the files, that of all first."""
     if not panels:
         return []
-    out.mkdir(parents=True, exist_ok=True)
     draw_panels(panels, out / SHEET)
     paths = [out / SHEET]
     for panel in panels:

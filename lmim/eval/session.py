@@ -11,22 +11,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lmim.config import Config, ConfigError, model_dimensions
+from lmim.config import VARIANTS, Config, ConfigError, model_dimensions
 from lmim.dist import Topology, discover, fail, gather_objects, init, shutdown
-from lmim.formats import build_encoder, read_weights
+from lmim.formats import Weights, build_encoder, read_weights
 from lmim.vit import VisionTransformer
 
 Outcome = TypeVar("Outcome")
 
 
 def open_encoder(config: Config, source: Path, which: str, grid: int | None = None) -> VisionTransformer:
-    """Return the encoder of `source`; the configuration tells its heads where the source does not.
+    """Return the encoder of `source`; with `grid`, its positions are resized to so many cells a side."""
+    return encoder_of(config, read_weights(source), which, grid)
 
-    With `grid`, its positions are resized to so many cells a side.
+
+def encoder_of(config: Config, weights: Weights, which: str, grid: int | None = None) -> VisionTransformer:
+    """Return an encoder of `weights`; where they do not tell its heads, a configuration of the same width does.
+
+    Else the variant of that width; raises ConfigError where there is none.
     """
-    weights, dims = read_weights(source), model_dimensions(config.model)
-    silent = not weights.sizes["num_heads"] and weights.sizes["embed_dim"] == dims["embed_dim"]
-    return build_encoder(weights, which, grid=grid, num_heads=dims["num_heads"] if silent else None)
+    dims, width, heads = model_dimensions(config.model), weights.sizes["embed_dim"], None
+    if not weights.sizes["num_heads"]:
+        if dims["embed_dim"] == width:
+            heads = dims["num_heads"]
+        elif width not in {variant["embed_dim"] for variant in VARIANTS.values()}:
+            raise ConfigError(f"{weights.path} does not tell its number of attention heads (width {width}): set "
+                              f"model.embed_dim={width} and model.num_heads")  # fmt: skip
+    return build_encoder(weights, which, grid=grid, num_heads=heads)
 
 
 def check_layer(layer: int, option: str, encoder: VisionTransformer) -> None:
