@@ -241,11 +241,13 @@ def _no_object(folder: Path) -> None:
     ("damage", "words"),
     [
         (_remove("JPEGImages/480p/two/00003.jpg"), ["video two lacks the frame", "00003.jpg", "00004.jpg"]),
+        (_remove("JPEGImages/480p/one/00006.jpg"), ["lacks the frame", "one/00006.jpg, of which"]),  # the last
         (_remove("Annotations/480p/two/00000.png"), ["video two lacks its first annotation", "00000.png"]),
         (_remove("Annotations/480p/one/00004.png"), ["video one lacks the annotation", "00004.png"]),
         (_larger("Annotations/480p/one/00002.png"), ["00002.png has 50 x 40 px", "128 x 64"]),
         (_larger("JPEGImages/480p/one/00005.jpg"), ["00005.jpg has 50 x 40 px", "128 x 64"]),
         (_no_object, ["one/00000.png marks no object"]),
+        (lambda f: (f / "ImageSets/2017/val.txt").write_bytes(b"\xff\xfe"), ["has no folder"]),
         (_empty_list, ["davis.split (val)", "names no video"]),
         (lambda f: shutil.rmtree(f / "JPEGImages/480p/two"), ["video two has no folder"]),
         (lambda f: shutil.rmtree(f / "Annotations"), ["no such folder", "Annotations/480p"]),

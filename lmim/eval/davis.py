@@ -75,7 +75,7 @@ def find_videos(config: DavisConfig) -> list[Video]:
     if not split.is_file():
         there = ", ".join(sorted(path.stem for path in split.parent.glob("*.txt"))) or "none"
         raise ConfigError(f"davis.split ({config.split}): {split} is missing; there are: {there}")
-    names = split.read_text().split()
+    names = split.read_text(errors="replace").split()
     if not names:
         raise ConfigError(f"davis.split ({config.split}): {split} names no video")
     return [_open_video(folder, name) for name in names]
@@ -96,6 +96,9 @@ def _open_video(folder: Path, name: str) -> Video:
     if not masks[0].is_file():
         raise ConfigError(f"davis.folder: video {name} lacks its first annotation, {masks[0]}")
     there = [mask for mask in masks if mask.is_file()]
+    for mask in sorted({*annotations.glob("*.png")} - {*masks}):
+        raise ConfigError(f"davis.folder: video {name} lacks the frame {images / mask.stem}.jpg, of which {mask} is "
+                          "the annotation")  # fmt: skip
     if 1 < len(there) < len(masks):
         missing = next(mask for mask in masks if not mask.is_file())
         raise ConfigError(f"davis.folder: video {name} lacks the annotation {missing}: give all, or the first alone")

@@ -31,14 +31,15 @@ def read_mask(path: Path, option: str) -> np.ndarray:
     """Return the numbers (H, W) of a palette or grey PNG; complaints name the file and `option`."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1", "I", "I;16"):
-                raise ConfigError(f"{option}: {path} holds colours ({image.mode}): a mask is a palette or grey image, "
-                                  "whose numbers are the classes")  # fmt: skip
-            return np.array(image).astype(np.int64)
+            mode, numbers = image.mode, np.array(image)
     except FileNotFoundError:
         raise ConfigError(f"{option}: {path} is missing") from None
     except BROKEN_FILE as error:
         raise ConfigError(f"{option}: {path} is no image: {' '.join(str(error).split())}") from error
+    if mode not in ("P", "L", "1", "I", "I;16"):
+        raise ConfigError(f"{option}: {path} holds colours ({mode}): a mask is a palette or grey image, whose numbers "
+                          "are the classes")  # fmt: skip
+    return numbers.astype(np.int64)
 
 
 def image_size(path: Path, option: str) -> tuple[int, int]:
