@@ -23,7 +23,7 @@ from PIL import Image
 from lmim.__main__ import main
 from lmim.config import Config, HealthConfig, ObjectiveConfig, load_config, save_config
 from lmim.eval import figures
-from lmim.eval.curves import BINS, Chart, Level, Series, charts, overlaid, thin
+from lmim.eval.curves import BINS, Chart, Level, Series, chance, charts, overlaid, thin
 from lmim.eval.history import read_columns, read_history, read_text_log
 from lmim.eval.page import run_page
 from lmim.eval.results import record
@@ -493,6 +493,16 @@ def test_damaged_files_are_said(tmp_path, capsys):
                  "done.json is damaged", "the configuration is missing here", "1 leap of the loss", "image 6",
                  "No checkpoint is complete yet"):  # fmt: skip
         assert said in text, said
+
+
+def test_a_fine_tuning_is_not_held_against_the_chance_of_pretraining(tmp_path):
+    """With 1000 classes it begins above the InfoNCE of a few hundred patches, and nothing has collapsed."""
+    folder = write_run(tmp_path, rows_of(40))
+    assert chance(read_history(folder)) is not None
+    config = load_config(folder)
+    config.run.task = "finetune"
+    save_config(config, folder / "config.yaml")
+    assert chance(read_history(folder)) is None
 
 
 def test_a_run_that_was_stopped_and_one_that_goes_on(tmp_path, capsys):

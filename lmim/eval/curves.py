@@ -128,7 +128,7 @@ def charts(history: History) -> list[Chart]:
 def chance(history: History) -> float | None:
     """Return the loss of predictions that tell nothing, where the objective has such a level."""
     config = history.config
-    if config is None or config.objective.loss != "infonce":
+    if config is None or config.objective.loss != "infonce" or config.run.task == "finetune":
         return None
     return chance_level(config.model.grid_size**2 - config.objective.num_visible, config.objective.temperature)
 

@@ -10,6 +10,10 @@ arXiv:2111.06377, A.1), whose running statistics are exact here, as features do 
 SGD is what published probes use, and what it misses is part of their numbers: on features of an untrained encoder,
 whose variances lie a factor 5e5 apart, it ended 0.65 points under the optimum of the same loss, on trained ones within
 0.15.
+Beside scikit-learn's LogisticRegression as it comes, on the same 9000 standardised features of the embedded images, in
+percent for patch mean, class token and both: 80.95, 79.65, 81.45 and theirs 81.15, 80.15, 81.70 with quickstart's
+encoder; 77.20, 76.40, 78.60 and theirs 76.90, 76.60, 79.15 with an untrained one. What differs is the choice of a rate
+by 1000 images, whose standard error is 1.3 points: some rate that was tried came within 0.3 points each time.
 
 The invariant: heads differ in nothing but feature and rate (they start at zero and see the same batches), so ranks may
 train some each.
