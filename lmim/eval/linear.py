@@ -57,9 +57,9 @@ class Trained(NamedTuple):
     def standardized(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Return (B, H, C) of features (B, D), by one product for all heads."""
-        return (self.standardized(x) @ self.weights.flatten(1)).unflatten(1, self.biases.shape) + self.biases
+    def logits(self, standardized: Tensor) -> Tensor:
+        """Return (B, H, C) of standardised features (B, D), by one product for all heads."""
+        return (standardized @ self.weights.flatten(1)).unflatten(1, self.biases.shape) + self.biases
 
 
 def fit(x: Tensor, labels: Tensor, classes: int, rates: list[float], probe: ProbeConfig, seed: int,
@@ -82,10 +82,10 @@ def fit(x: Tensor, labels: Tensor, classes: int, rates: list[float], probe: Prob
     for epoch in range(epochs):
         dist.progress()
         for step, rows in enumerate(torch.randperm(n, generator=generator).split(probe.batch)):
-            batch, targets = x[rows].to(device), F.one_hot(labels[rows], classes).to(device)
+            batch, targets = heads.standardized(x[rows].to(device)), F.one_hot(labels[rows], classes).to(device)
             # the gradient of the mean cross-entropy, by hand: softmax less one-hot
             error_BHC = (heads.logits(batch).softmax(dim=-1) - targets[:, None]) / len(rows)
-            gradient_DHC = (heads.standardized(batch).T @ error_BHC.flatten(1)).view_as(heads.weights)
+            gradient_DHC = (batch.T @ error_BHC.flatten(1)).view_as(heads.weights)
             rate_H1 = peak_H1 * 0.5 * (1 + math.cos(math.pi * (epoch * steps_per_epoch + step) / total))
             velocity_w.mul_(MOMENTUM).add_(gradient_DHC + probe.weight_decay * heads.weights)
             velocity_b.mul_(MOMENTUM).add_(error_BHC.sum(dim=0))
@@ -99,7 +99,7 @@ def accuracies(heads: Trained, x: Tensor, labels: Tensor) -> list[float]:
     device = heads.weights.device
     correct = torch.zeros(len(heads.biases), device=device)
     for rows, targets in zip(x.split(CHUNK), labels.split(CHUNK), strict=True):
-        logits_BHC = heads.logits(rows.to(device))
+        logits_BHC = heads.logits(heads.standardized(rows.to(device)))
         correct += (logits_BHC.argmax(dim=-1) == targets.to(device)[:, None]).sum(dim=0)
     finite = heads.weights.isfinite().all(dim=2).all(dim=0)
     return (correct * finite / len(x)).tolist()
