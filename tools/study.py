@@ -155,7 +155,8 @@ def run_ablations(options: argparse.Namespace) -> dict[str, Any]:
 def one_run(options: argparse.Namespace, name: str, seed: int, slot: dict[str, str]) -> dict[str, Any]:
     """Train one row with one seed, unless that is done, and return its commands and figures."""
     folder = Path(options.runs) / name / f"seed_{seed}"
-    settings = [*WHOLE, *filter(None, ABLATIONS[name][1:]), *options.overrides, f"run.folder={folder}", f"run.seed={seed}"]
+    settings = [*WHOLE, *filter(None, ABLATIONS[name][1:]), *options.overrides]
+    settings += [f"run.folder={folder}", f"run.seed={seed}"]
     commands = [lmim("train", options.config, *settings, environment=slot)[0]]
     found = {}
     for evaluation in ("knn", "linear"):
@@ -172,8 +173,13 @@ def one_run(options: argparse.Namespace, name: str, seed: int, slot: dict[str, s
 
 def ablations_table(record: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of the table of a record of ablations: means over seeds ± their standard deviation."""
-    headings = {"leave_one_out": "1-NN, leave-one-out", "gallery": "20-NN, train as gallery", "linear": "linear probe",
-                "similarity_targets": "cosine of targets in an image", "similarity_positions": "… at a position"}  # fmt: skip
+    headings = {
+        "leave_one_out": "1-NN, leave-one-out",
+        "gallery": "20-NN, train as gallery",
+        "linear": "linear probe",
+        "similarity_targets": "cosine of targets in an image",
+        "similarity_positions": "… of images at a position",
+    }
     yield from _heading("", list(headings.values()))
     for name, runs in record["rows"].items():
         cells = []
