@@ -24,13 +24,15 @@ from lmim.vit import Decoder, VisionTransformer, initial_values
 
 
 class StepOutput(NamedTuple):
-    """Scalars of one micro-batch, all on its device; only `loss` carries a gradient."""
+    """What one micro-batch comes to, all on its device; only `loss` carries a gradient."""
 
     loss: Tensor
     similarity_predictions: Tensor
     similarity_visible: Tensor
     similarity_targets: Tensor
     similarity_positions: Tensor  # of targets of different images at the same position; 0 for one image
+    target_deviation: Tensor  # of images' mean targets: 1 spread evenly, 0 all alike, as in a collapse
+    pooled_targets_BD: Tensor  # no scalar: what the log's effective rank is of
 
 
 def infonce(predictions_BMD: Tensor, targets_BMD: Tensor, temperature: float) -> Tensor:
@@ -86,6 +88,14 @@ def position_similarity(tokens_BMD: Tensor, cells_BM: Tensor, num_cells: int) ->
     counts_N = units_RD.new_zeros(num_cells).index_add_(0, cells_BM.flatten(), torch.ones_like(units_RD[:, 0]))
     pairs = (counts_N * (counts_N - 1)).sum()
     return (sums_ND.square().sum() - counts_N.sum()) / pairs.clamp(min=1) * (pairs > 0)
+
+
+def deviation(features_BD: Tensor) -> Tensor:
+    """Return √D times the mean deviation of a channel over images, of features of length 1 (SimSiam, figure 2).
+
+    1 where features spread evenly over the sphere; 0 where all are alike, or for one image.
+    """
+    return F.normalize(features_BD, dim=-1).std(dim=0, correction=0).mean() * features_BD.shape[1] ** 0.5
 
 
 class LatentMIM(nn.Module):
@@ -217,7 +227,7 @@ class LatentMIM(nn.Module):
         masked_BM: Tensor,
         similarity_target: Tensor | float,
     ) -> StepOutput:
-        """Return loss and similarities of predictions, visible tokens and targets at masked cells, in fp32."""
+        """Return the loss, and what is watched of predictions, visible tokens and targets at masked cells, in fp32."""
         objective = self.objective
         with torch.autocast(predictions_BMD.device.type, enabled=False):
             predictions_BMD, visible_BVD, targets_BMD = (x.float() for x in (predictions_BMD, visible_BVD, targets_BMD))
@@ -228,5 +238,7 @@ class LatentMIM(nn.Module):
                 loss = loss + objective.similarity_weight * excess
             of_targets = mean_similarity(targets_BMD)
             of_positions = position_similarity(targets_BMD, masked_BM, self.model.grid_size**2)
-        similarities = of_predictions, of_visible, of_targets, of_positions
-        return StepOutput(loss, *(similarity.detach() for similarity in similarities))
+            pooled_BD = targets_BMD.detach().mean(dim=1)
+            spread = deviation(pooled_BD)
+        watched = of_predictions, of_visible, of_targets, of_positions, spread, pooled_BD
+        return StepOutput(loss, *(value.detach() for value in watched))
