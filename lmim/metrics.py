@@ -36,12 +36,12 @@ NAMED_IN_LOG = 10  # images that a rank could not read
 RANKED_IMAGES = 256  # of a micro-batch, that an effective rank is of: more would take longer than a step
 
 
-def effective_rank(features_BD: Tensor) -> float:
-    """Return the exponential of the entropy of the singular values' shares (RankMe, arXiv:2210.02885): 1 … min(B, D).
+def effective_rank(features_BF: Tensor) -> float:
+    """Return the exponential of the entropy of the singular values' shares (RankMe, arXiv:2210.02885): 1 … min(B, F).
 
     1 where all images have the same features, up to a factor. It waits for the device.
     """
-    gram_BB = (features_BD @ features_BD.T).double().cpu()
+    gram_BB = (features_BF @ features_BF.T).double().cpu()
     if not gram_BB.isfinite().all():
         return math.nan
     shares = torch.linalg.eigvalsh(gram_BB).clamp(min=0).sqrt()
@@ -93,7 +93,7 @@ class Meters:
         self._names: tuple[str, ...] = ()
         self._values: list[Tensor] = []
         self._squares: dict[str, Tensor] = {}
-        self._pooled_BD: Tensor | None = None
+        self._pooled_BF: Tensor | None = None
         self._waited_s = 0.0
         self._skipped_here = 0
         self._since = time.perf_counter()
@@ -117,7 +117,7 @@ class Meters:
         means = torch.stack([torch.stack(list(of.values())).float() for of in scalars]).mean(dim=0).detach()
         self._values.append(torch.cat([means, grad_norm.detach().float().reshape(1)]))
         self._steps.append((step, epoch, scheduled))
-        self._squares, self._pooled_BD = squares or {}, getattr(micros[-1], "pooled_targets_BD", None)
+        self._squares, self._pooled_BF = squares or {}, getattr(micros[-1], "pooled_targets_BF", None)
 
     def flush(self) -> list[dict[str, Any]]:
         """Return the rows of all steps since the last flush; images/s, waiting and spread are those steps' averages.
@@ -128,7 +128,7 @@ class Meters:
             return []
         forward_s = self.forward.take_s() if self.forward else 0.0
         ours = [self._waited_s, self._waited_s + forward_s, self._memory_gib(), float(self._skipped_here)]
-        once = {} if self._pooled_BD is None else dict(effective_rank=effective_rank(self._pooled_BD[:RANKED_IMAGES]))
+        once = {} if self._pooled_BF is None else dict(effective_rank=effective_rank(self._pooled_BF[:RANKED_IMAGES]))
         values, squares, told, of_ranks = self._reduced(list(once.values()), ours)
         elapsed_s = time.perf_counter() - self._since
         waited, worked, memory, skipped = of_ranks
