@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmim.__main__ import main
 from lmim.classifier import Classifier
-from lmim.config import crop_size, load_config
+from lmim.config import crop_size, load_config, validate
 from lmim.dist import Topology
 from lmim.eval.finetune import Finetuning
 from lmim.forecast import known_gpu
@@ -76,6 +76,17 @@ def test_an_address_with_a_secret_is_refused_without_telling_it(address, capsys,
         line = refused(capsys, ["train", QUICKSTART, *LOCAL, f"{option}={address}", f"run.folder={tmp_path}/run"])
         assert option in line and "pl%2Fnted" not in line and "AKIA" not in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_port_or_a_name_is_no_secret():
+    for address in (
+        "https://host:8080/a@b",
+        "https://me@host/a",
+        "s3://bucket/a:b@c",
+        "/data/a:b@c",
+        "https://host/a?v=1",
+    ):
+        validate(load_config(QUICKSTART, [f"data.train={address}"]), 1)
 
 
 class Wandb(BaseHTTPRequestHandler):
@@ -295,8 +306,8 @@ def test_the_clock_times_forward_passes_only():
     clock = ForwardClock(model, torch.device("cpu"))
     for _ in range(2):
         model()
-    time.sleep(0.1)
-    assert 0.1 <= clock.take_s() < 0.2
+    time.sleep(1.5)
+    assert 0.1 <= clock.take_s() < 1.5
     assert clock.take_s() == 0
 
 
