@@ -145,6 +145,7 @@ class LogConfig:
     every: str = "10st"  # how often values leave the device, and the progress line moves
     wandb: str = "off"  # off, online or offline
     wandb_project: str = "lmim"
+    tensorboard: bool = False  # its files are in `tensorboard` in the run folder
 
 
 @dataclass
@@ -344,6 +345,7 @@ BELOW_ONE = ("model.drop_path", "model.dropout", "optim.betas", "probe.held_out"
 NOT_EMPTY = ("eval.encoders", "probe.layers", "probe.poolings", "probe.learning_rates",
              "probe.attentive_learning_rates", "probe.shots", "segment.clusters")  # fmt: skip
 RANDAUGMENT = r"rand(-(m|mmax)(\d|10)|-(n|inc)\d+|-(mstd|p)\d+(\.\d+)?|-t(weights|3a|3aw))*"  # of timm
+SECRET = re.compile(r"(?<=://)[^/@]*:[^/]*@|[?&][^=]*(sig|token|key|secret|password|credential)[^=]*=.*", re.IGNORECASE)
 MAX_SOURCES = 256  # with weights: their turns are counted in 1024ths
 MAX_GRID = 256  # cells a side that `draw_views` can number
 MAX_SEED = 2**63 - 1
@@ -658,6 +660,12 @@ def _check_data(data: DataConfig) -> None:
                           "at different rates do not end together")  # fmt: skip
     if len(data.weights) > MAX_SOURCES:
         raise ConfigError(f"data.weights: {len(data.weights)} sources are more than {MAX_SOURCES}: shard some together")
+    for address in (*(data.train if several else [data.train]), data.eval):
+        if SECRET.search(address):
+            key, shown = ("data.eval" if address == data.eval else "data.train"), SECRET.sub("…", address)
+            raise ConfigError(f"{key} ({shown}) holds a password or key, which config.yaml and checkpoints would show: "
+                              "leave it out there and give it by ~/.netrc, or for s3 and gs as their libraries look "
+                              "for it, such as AWS_SECRET_ACCESS_KEY")  # fmt: skip
     if data.lanes > data.global_batch:
         raise ConfigError(f"data.lanes ({data.lanes}) must be at most data.global_batch ({data.global_batch})")
 

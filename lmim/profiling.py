@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
@@ -192,6 +193,34 @@ def flops_per_image(config: Config) -> Flops:
     if not config.model.learnable_positions:
         backward -= cues * 3 // 2
     return Flops(target, online, decoder, loss, backward, blocks + s.decoder_depth * block)
+
+
+def classifier_flops(config: Config, classes: int) -> int:
+    """Count the FLOPs of one image in fine-tuning: every patch of the crop, no projector, a head on what is pooled.
+
+    The backward takes twice the forward, but for the patches, which need no gradient.
+    """
+    s = sizes(config)
+    embed, blocks, _ = _encoder_flops(s, config.model.grid_size**2)
+    return 3 * (embed + blocks + 2 * s.D * classes) - embed
+
+
+PEAK_SIDE = {"cuda": 8192, "cpu": 1024}  # of the square matrices whose product is the peak
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype, limit_s: float = 0.5) -> float:
+    """Return the best FLOP/s of large matrix products that run one after another for so long."""
+    side, at_once, best = PEAK_SIDE[device.type], 4 if device.type == "cuda" else 1, 0.0
+    generator = torch.Generator(device).manual_seed(0)  # the run's own numbers stay as they are
+    a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
+    begun = time.perf_counter()
+    while not best or time.perf_counter() - begun < limit_s:
+        began = time.perf_counter()
+        for _ in range(at_once):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+        best = max(best, at_once * 2 * side**3 / (time.perf_counter() - began))
+    return best
 
 
 # --- bytes kept ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from lmim.dist import Topology
 from lmim.eval import in_loop
 from lmim.objective import LatentMIM
 from lmim.parallel import Backend, Trainable
+from lmim.profiling import flops_per_image
 from lmim.resume import begin_with
 from lmim.schedules import Hyper
 
@@ -37,6 +38,9 @@ class Task(Protocol):
 
     def loading(self) -> dict[str, Any]:
         """Return what `train_batches` is to do beside making crops."""
+
+    def flops_per_image(self) -> int:
+        """Return the FLOPs of one image's forward and backward."""
 
     def inputs(self, batch: Batch, hyper: Hyper) -> tuple[Any, ...]:
         """Return what the model's forward takes."""
@@ -72,6 +76,9 @@ class Pretraining:
 
     def loading(self) -> dict[str, Any]:
         return {}
+
+    def flops_per_image(self) -> int:
+        return flops_per_image(self.config).total
 
     def inputs(self, batch: Batch, hyper: Hyper) -> tuple[Any, ...]:
         return batch.images, batch.keys, hyper.similarity_target

@@ -44,7 +44,10 @@ def test_what_a_run_leaves(run_folder):
     wanted = {"step", "epoch", "loss", "similarity_predictions", "similarity_visible", "similarity_targets",
               "similarity_positions", "lr",
               "momentum", "similarity_target", "grad_norm", "images_per_second", "data_wait", "memory_gib",
-              "skipped_images"}  # fmt: skip
+              "skipped_images", "target_deviation", "effective_rank", "images_per_second_per_rank", "mfu",
+              "gflop_per_image", "rank_spread", "slowest_rank",
+              *(f"{kind}_{part}" for kind in ("grad_norm", "update_norm", "update_ratio")
+                for part in ("online", "projector", "decoder"))}  # fmt: skip
     assert set(rows[0]) == wanted
     assert all(row["grad_norm"] > 0 and row["images_per_second"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
     evals = [json.loads(line) for line in (run_folder / "eval.jsonl").read_text().splitlines()]

@@ -18,6 +18,7 @@ from lmim.data.loader import train_batches
 from lmim.data.sharding import write_shards
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
+from lmim.norms import StepNorms
 from tests.conftest import REPOSITORY, losses, train_command
 from tests.ranks import Driver, Finetuner, freshness, not_a_number, train
 
@@ -108,7 +109,9 @@ def take_steps_without_waiting(driver: Driver) -> None:
             driver.backend.begin_step(driver.schedules.at(step))
             for number, inputs in enumerate(micros):
                 driver.backend.forward_backward(*inputs, last_micro=number == len(micros) - 1)
+            norms = StepNorms(driver.backend.gradients(), driver.backend.pieces(), 1)
             driver.backend.finish_step()
+            norms.squares()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     driver.backend.close()

@@ -318,15 +318,18 @@ def test_numbers_are_short(value, text):
 
 
 def test_every_number_of_the_log_has_its_chart(tmp_path):
-    rows = rows_of(20, mfu=0.3, effective_rank=20.0)
+    parts = dict(grad_norm_online=0.3, grad_norm_decoder=0.1, update_ratio_online=1e-3)
+    rows = rows_of(20, mfu=0.3, effective_rank=20.0, target_deviation=0.7, rank_spread=0.02, **parts)
     folder = write_run(tmp_path, rows, [0.5, 0.6], objective__similarity_weight="0.1")
     (folder / "knn.json").write_text('{"pixels": {"leave_one_out": 0.7, "gallery": null}, "x": 3}')
     found = {chart.name: chart for chart in charts(read_history(folder))}
-    assert list(found) == ["loss", "similarities", "accuracy", "effective_rank", "gradient_norm", "learning_rate",
-                           "momentum", "images_per_second", "mfu", "data_wait", "memory"]  # fmt: skip
+    assert list(found) == ["loss", "similarities", "accuracy", "effective_rank", "target_deviation", "gradient_norm",
+                           "gradient_norms", "updates", "learning_rate", "momentum", "images_per_second", "mfu",
+                           "data_wait", "rank_spread", "memory"]  # fmt: skip
     assert found["loss"].levels[0].value == pytest.approx(CHANCE)
     assert [one.label for one in found["similarities"].series][-1] == "steered to"
     assert found["accuracy"].series[0].mean.tolist() == [50, 60] and found["accuracy"].levels[0].value == 70
+    assert [one.label for one in found["gradient_norms"].series] == ["online", "decoder"]
     assert found["mfu"].series[0].last == pytest.approx(30)
 
 

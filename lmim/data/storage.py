@@ -195,7 +195,7 @@ class Storage:
 
                 # no limit for the whole: large objects take long; one for connecting and for every pause
                 timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-                settings = dict(client_kwargs=dict(timeout=timeout))
+                settings = dict(client_kwargs=dict(timeout=timeout, trust_env=True))  # ~/.netrc, proxies
             elif protocol == "s3":
                 settings = dict(config_kwargs=dict(connect_timeout=timeout_s, read_timeout=timeout_s,
                                                    retries=dict(max_attempts=1)))  # fmt: skip

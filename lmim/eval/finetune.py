@@ -41,6 +41,7 @@ from lmim.eval.results import record
 from lmim.eval.session import open_encoder
 from lmim.metrics import EVAL_FILE, LOG_FILE, read_rows
 from lmim.parallel import Backend
+from lmim.profiling import classifier_flops
 from lmim.schedules import Hyper
 from lmim.vit import VisionTransformer
 
@@ -87,6 +88,9 @@ class Finetuning:
 
     def loading(self) -> dict[str, Any]:
         return dict(labels=self.labels, augment=Augment(self.config.finetune, crop_size(self.config.model)))
+
+    def flops_per_image(self) -> int:
+        return classifier_flops(self.config, self.classes)
 
     def inputs(self, batch: Batch, hyper: Hyper) -> tuple[Any, ...]:
         return batch.images, batch.keys, batch.labels, batch.shares

@@ -153,6 +153,19 @@ class DeepSpeedBackend:
             norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.topology.device)
         return norm
 
+    def gradients(self) -> list[Piece]:
+        return [self._gradient(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _gradient(self, name: str, parameter: nn.Parameter) -> Piece:
+        if not self.zero:
+            return self._whole(name, parameter.grad)
+        if self.cut:
+            return Piece(name, tuple(parameter.ds_shape), 0, deepspeed.utils.safe_get_local_grad(parameter).view(-1))
+        ours, numbers = parameter._hp_mapping, torch.zeros(0, device=self.topology.device)
+        if ours:
+            numbers = ours.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+        return Piece(name, tuple(parameter.shape), 0, numbers)
+
     def infer(self, which: str) -> AbstractContextManager[Any]:
         part = self.model.get_submodule(which)
         if not self.cut:

@@ -142,6 +142,9 @@ class FsdpBackend:
         self.optimizer.zero_grad()
         return norm
 
+    def gradients(self) -> list[Piece]:
+        return [self._piece(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+
     def infer(self, which: str) -> AbstractContextManager[Any]:
         return lend_whole(self.build, which, self._whole(self.model.get_submodule(which)), self.topology)
 

@@ -66,6 +66,9 @@ class LocalBackend:
         self.optimizer.zero_grad()
         return norm
 
+    def gradients(self) -> list[Piece]:
+        return [whole(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+
     def infer(self, which: str) -> AbstractContextManager[Any]:
         return lend(self.model.get_submodule(which), self.topology)
 
