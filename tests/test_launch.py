@@ -70,7 +70,7 @@ def topology_under(monkeypatch, **environment: str) -> Topology:
     return discover()
 
 
-# --- every script ------------------------------------------------------------------------------------------------------
+# --- every script ----------------------------------------------------------------------------------------------------
 
 
 def test_shellcheck_finds_nothing():
@@ -116,7 +116,7 @@ def test_defaults_give_way_to_what_is_set_outside(tmp_path):
     assert after(GPUS="1", VENV=str(tmp_path / "env"))["PATH"].startswith(f"{bin_folder}:")
 
 
-# --- each launcher -----------------------------------------------------------------------------------------------------
+# --- each launcher ---------------------------------------------------------------------------------------------------
 
 
 def test_torchrun_on_one_machine_and_on_several():
@@ -140,7 +140,8 @@ def test_deepspeed_on_this_machine():
 @pytest.mark.parametrize("runner", ["pdsh", "openmpi", "slurm"])
 def test_deepspeed_over_hosts(runner, monkeypatch):
     """Held against the command that the launcher's own runner makes of ours."""
-    from deepspeed.launcher import multinode_runner, runner as launcher
+    from deepspeed.launcher import multinode_runner
+    from deepspeed.launcher import runner as launcher
 
     secrets = dict(WANDB_API_KEY="planted", WANDB_MODE="offline", NCCL_DEBUG="INFO")
     command = dry_run("deepspeed.sh", *SETTINGS, RUNNER=runner, HOSTFILE="launch/hostfile.example",
@@ -221,7 +222,8 @@ def test_slurm_asks_for_the_signal_and_the_queue():
 @pytest.mark.parametrize("code", [DONE, 1, MISTAKE, STOPPED, 128 + 9])
 def test_a_rank_s_exit_code_is_torchrun_s(tmp_path, code):
     program = tmp_path / "rank.py"
-    program.write_text(f"import os\nif {code} > 128:\n    os.kill(os.getpid(), {code} - 128)\nraise SystemExit({code})\n")
+    ending = f"os.kill(os.getpid(), {code - 128})" if code > 128 else f"raise SystemExit({code})"
+    program.write_text(f"import os\n{ending}\n")
     words = ["--nproc-per-node", "1", "--master-port", str(free_port()), str(program)]
     assert subprocess.run([sys.executable, "launch/torchrun.py", *words], cwd=REPOSITORY).returncode == code
 
@@ -261,7 +263,7 @@ def _until(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-# --- Kubernetes --------------------------------------------------------------------------------------------------------
+# --- Kubernetes ------------------------------------------------------------------------------------------------------
 
 
 def documents(file: str) -> list[dict]:
