@@ -212,7 +212,8 @@ def test_slurm_asks_for_the_signal_and_the_queue():
     asked = [line.removeprefix("#SBATCH ") for line in (LAUNCH / "slurm.sbatch").read_text().splitlines()
              if line.startswith("#SBATCH ")]  # fmt: skip
     assert {"--signal=USR1@300", "--requeue", "--open-mode=append"} <= set(asked)
-    assert f'"$code" = {STOPPED} ' in (LAUNCH / "slurm.sbatch").read_text()
+    script = (LAUNCH / "slurm.sbatch").read_text()
+    assert f'"$code" = {STOPPED} ' in script and f'"$code" = {128 + signal.SIGUSR1} ' in script
 
 
 # --- exit codes of launch/torchrun.py ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import REPOSITORY, TINY, free_port, losses, process_environment, run_training
 from tests.slurm.daemons import Slurm, why_not
 
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.skipif(bool(why_not()), reason=why_not())]
 STEPS = 120
 ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
@@ -66,24 +66,27 @@ class Job:
         told = self.told()
         return told["Restarts"] == str(times) and told["JobState"] == "PENDING"
 
-    def start_now(self) -> None:
-        """Start what Slurm would hold back for two minutes, as it does with every job that is queued again."""
-        self.slurm.command("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+    def start_soon(self) -> None:
+        """Start what Slurm would hold back for two minutes, as it does with every job that is queued again.
+
+        In the second in which it was queued it would fail, as its old credential is revoked.
+        """
+        self.slurm.command("scontrol", "update", f"JobId={self.number}", "StartTime=now+5")
 
 
 # one task a GPU; one a node, in which torchrun starts two ranks
 @pytest.mark.parametrize("tasks", [2, 1])
 def test_a_stopped_run_is_queued_again_and_ends(slurm, shards, reference, tmp_path, tasks):
     job = Job(slurm, shards, tmp_path, STEPS, f"--ntasks-per-node={tasks}", "--time=10")
-    job.wait(lambda: job.steps() > 5, within_s=120)
+    job.wait(lambda: job.steps() > 5, within_s=240)
     # as Slurm does before the time limit: to all tasks, not to the script
     slurm.command("scancel", "--signal=USR1", job.number)
     job.wait(lambda: job.queued_again(1), within_s=60)
     done = job.steps()
     assert 5 < done < STEPS and not (job.run / "done.json").exists()
     assert f"stopped by SIGUSR1 after step {done}" in (job.run / "train.log").read_text()
-    job.start_now()
-    job.wait(lambda: job.told()["JobState"] == "COMPLETED", within_s=200)
+    job.start_soon()
+    job.wait(lambda: job.told()["JobState"] == "COMPLETED", within_s=240)
     assert job.told()["Restarts"] == "1" and job.told()["ExitCode"] == "0:0"
     assert json.loads((job.run / "done.json").read_text()) is not None
     assert "going on from" in job.log.read_text()
@@ -91,12 +94,12 @@ def test_a_stopped_run_is_queued_again_and_ends(slurm, shards, reference, tmp_pa
 
 
 def test_the_time_limit_stops_a_run_that_goes_on_and_scancel_ends_it(slurm, shards, tmp_path):
-    job = Job(slurm, shards, tmp_path, 1_000_000, "--ntasks-per-node=2", "--time=2", "--signal=USR1@60")
-    job.wait(lambda: job.queued_again(1), within_s=150)
+    job = Job(slurm, shards, tmp_path, 1_000_000, "--ntasks-per-node=2", "--time=3", "--signal=USR1@60")
+    job.wait(lambda: job.queued_again(1), within_s=240)
     done = job.steps()
     assert done > 0 and f"stopped by SIGUSR1 after step {done}" in (job.run / "train.log").read_text()
-    job.start_now()
-    job.wait(lambda: job.steps() > done, within_s=120)
+    job.start_soon()
+    job.wait(lambda: job.steps() > done, within_s=240)
     losses(job.run)  # each step once, in order
     slurm.command("scancel", job.number)
     deadline = time.monotonic() + 60
