@@ -61,7 +61,7 @@ fi
 command=(deepspeed "${where[@]}" --master_port "$MASTER_PORT" "${program[@]}" train "$@")
 if [ ${#slots[@]} -gt 0 ]; then
     # Of the environment the launcher hands on little. Keys and passwords are left out: it logs what it hands on.
-    environment=$(env | grep -E '^(DS|FI|GLOO|NCCL|OMP|RDMAV|TORCH|WANDB)_[A-Z0-9_]*=' |
+    environment=$(env | grep -E '^(CUDA|DS|FI|GLOO|NCCL|OMP|RDMAV|TORCH|WANDB)_[A-Z0-9_]*=' |
         grep -v -E '^[A-Z0-9_]*(KEY|TOKEN|SECRET|PASSWORD)' | sort)
     if $dry_run; then
         printf '# %s\n' "${environment//$'\n'/$'\n# '}"
