@@ -16,7 +16,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lmim.config import Config, ConfigError, ParallelConfig, Split, duration_steps, validate
+from lmim.config import ConfigError, Split, duration_steps, validate
+from lmim.options import Config, ParallelConfig
 from lmim.profiling import (
     Collective,
     activation_bytes,

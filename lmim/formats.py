@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from lmim import checkpoint, convert, pickles, store
-from lmim.config import VARIANTS, ConfigError, model_dimensions
+from lmim.config import ConfigError, model_dimensions
+from lmim.options import VARIANTS
 from lmim.vit import NORM_EPS, Decoder, VisionTransformer, resized_positions
 
 PARTS = ("online", "target", "decoder")  # of LatentMIM; a fine-tuned classifier has the first, and a head

@@ -11,8 +11,8 @@ from collections import deque
 from statistics import median
 from typing import Any, NamedTuple
 
-from lmim.config import HealthConfig, ObjectiveConfig
 from lmim.objective import chance_level
+from lmim.options import HealthConfig, ObjectiveConfig
 
 SPIKE_OVER = 200  # steps that a leap is measured against
 SPIKE_SPREADS = 10.0  # times their spread (median distance from the median)

@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from lmim.config import Config, ConfigError
+from lmim.config import ConfigError
 from lmim.dist import Topology, sum_over_ranks
 from lmim.norms import norms
+from lmim.options import Config
 
 logger = logging.getLogger(__name__)
 LOG_FILE, EVAL_FILE, TEXT_FILE, UNREADABLE_FOLDER = "log.jsonl", "eval.jsonl", "train.log", "unreadable"

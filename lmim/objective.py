@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmim.config import ModelConfig, ObjectiveConfig, model_dimensions
+from lmim.config import model_dimensions
 from lmim.optim import parameter_groups
+from lmim.options import ModelConfig, ObjectiveConfig
 from lmim.patches import Views, draw_views, gather_patches, imagenet, normalize_patches
 from lmim.vit import Decoder, VisionTransformer, initial_values
 

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lmim.config import Config, ModelConfig, ObjectiveConfig, Split, crop_size, model_dimensions
+from lmim.config import Split, crop_size, model_dimensions
 from lmim.objective import LatentMIM
 from lmim.optim import parameter_groups
+from lmim.options import Config, ModelConfig, ObjectiveConfig
 
 FP32, BF16 = 4, 2  # bytes
 BUCKET, PREFETCH = 50_000_000, 50_000_000  # numbers that DeepSpeed reduces together, and that ZeRO-3 gathers ahead

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from lmim.config import Config
 from lmim.data.loader import Batch
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
 from lmim.eval import in_loop
 from lmim.objective import LatentMIM
+from lmim.options import Config
 from lmim.parallel import Backend, Trainable
 from lmim.profiling import flops_per_image
 from lmim.resume import begin_with

@@ -19,16 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lmim import checkpoint, dist
-from lmim.config import (
-    Config,
-    ConfigError,
-    crop_size,
-    duration_steps,
-    flatten,
-    load_config,
-    save_config,
-    validate,
-)
+from lmim.config import ConfigError, crop_size, duration_steps, flatten, load_config, save_config, validate
 from lmim.data.loader import Batch, DataError, open_data, open_stream, train_batches
 from lmim.data.storage import StorageError
 from lmim.eval.finetune import Finetuning
@@ -51,6 +42,7 @@ from lmim.metrics import (
     set_up_logging,
 )
 from lmim.norms import StepNorms
+from lmim.options import Config
 from lmim.parallel import Backend, build_backend, weights_are_cut
 from lmim.resume import CONFIG_FILE, check_run_folder, lock_run_folder, resume, tell_changes
 from lmim.schedules import Schedules

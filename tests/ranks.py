@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmim import dist
 from lmim.checkpoint import Position, Saver, load_optimizer, load_pieces, load_weights, newest, position_of
-from lmim.config import Config, crop_size, load_config, validate
+from lmim.config import crop_size, load_config, validate
 from lmim.data.loader import open_data, train_batches
 from lmim.eval import attentive, fewshot, knn, linear
 from lmim.eval.case import Case
@@ -32,6 +32,7 @@ from lmim.eval.features import Reading, Subject, check_readings, eval_sizes
 from lmim.eval.finetune import Finetuning, finetune_config
 from lmim.norms import StepNorms, norms
 from lmim.objective import LatentMIM
+from lmim.options import Config
 from lmim.parallel import Backend, build_backend
 from lmim.patches import Views
 from lmim.schedules import Hyper, Schedules

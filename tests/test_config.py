@@ -7,7 +7,6 @@ import torch
 import yaml
 
 from lmim.config import (
-    Config,
     ConfigError,
     Split,
     config_hash,
@@ -19,6 +18,7 @@ from lmim.config import (
     validate,
 )
 from lmim.objective import LatentMIM
+from lmim.options import Config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -221,8 +221,9 @@ def test_a_skipped_image_that_cannot_be_written_down_ends_no_run(tmp_path, caplo
 
 def test_what_takes_the_place_of_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
     """A power cut after the renaming could otherwise leave an empty log or configuration."""
-    from lmim.config import Config, save_config
+    from lmim.config import save_config
     from lmim.metrics import JsonLines
+    from lmim.options import Config
 
     synced, placed, sync, replace = {}, {}, os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: synced.update({os.fstat(fd).st_ino: os.fstat(fd).st_size}) or sync(fd))

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from lmim import checkpoint, dist
-from lmim.config import DataConfig, Split
+from lmim.config import Split
 from lmim.data.datasets import open_source
 from lmim.data.loader import train_batches
 from lmim.data.sharding import write_shards
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
 from lmim.norms import StepNorms
+from lmim.options import DataConfig
 from tests.conftest import REPOSITORY, losses, train_command
 from tests.ranks import Driver, Finetuner, freshness, not_a_number, train
 

@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from lmim.__main__ import _parser
-from lmim.config import Config, load_config, validate
+from lmim.config import load_config, validate
 from lmim.dist import Topology, discover
+from lmim.options import Config
 from lmim.train import DONE, STOPPED
 from tests.conftest import REPOSITORY, free_port, process_environment
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # Every module of the package and its floor; an import must lead to a lower one. "" is lmim/__init__.py.
 LEVELS = {
-    "config": 0, "randomness": 0, "version": 0, "data": 0, "eval": 0,
+    "options": -1, "config": 0, "randomness": 0, "version": 0, "data": 0, "eval": 0,
     "patches": 1, "schedules": 1, "optim": 1, "heartbeat": 0.5, "dist": 1, "stop": 1.2,
     "vit": 1.5, "store": 1.5,
     "norms": 1.6, "objective": 2, "classifier": 2, "data.augment": 2.2, "convert": 2, "data.transforms": 2,

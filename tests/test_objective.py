@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmim.config import ModelConfig, ObjectiveConfig
 from lmim.objective import LOSSES, LatentMIM, across_images, chance_level, mean_similarity
+from lmim.options import ModelConfig, ObjectiveConfig
 from lmim.patches import normalize_images
 from lmim.vit import sincos_positions
 

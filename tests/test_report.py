@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lmim.__main__ import main
-from lmim.config import Config, HealthConfig, ObjectiveConfig, load_config, save_config
+from lmim.config import load_config, save_config
 from lmim.eval import figures
 from lmim.eval.curves import BINS, Chart, Level, Series, chance, charts, overlaid, thin
 from lmim.eval.history import read_columns, read_history, read_text_log
@@ -33,6 +33,7 @@ from lmim.eval.token_maps import CLUSTER_COUNTS, TokenMaps
 from lmim.eval.verdict import BAD, GOOD, UNKNOWN, WATCH, judge, skipped_images
 from lmim.health import Health
 from lmim.objective import chance_level
+from lmim.options import Config, HealthConfig, ObjectiveConfig
 from tests.conftest import REPOSITORY
 
 CHANCE = 2 * 0.2 * math.log(49 - 10)  # of the quickstart: 7 x 7 cells, 10 visible

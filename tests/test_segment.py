@@ -22,12 +22,12 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
 from lmim.__main__ import main
-from lmim.config import Config
 from lmim.data.datasets import open_source
 from lmim.data.transforms import eval_mask
 from lmim.eval import clusters, segment
 from lmim.eval.results import read_results
 from lmim.objective import LatentMIM
+from lmim.options import Config
 from tests.conftest import REPOSITORY, TINY, free_port, process_environment
 from tests.ranks import tiny_config
 

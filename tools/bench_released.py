@@ -13,10 +13,11 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from lmim.config import Config, Split
+from lmim.config import Split
 from lmim.dist import Topology
 from lmim.objective import LatentMIM, StepOutput
 from lmim.optim import MOMENTS, create_moments, parameter_groups, set_learning_rate, set_steps_taken
+from lmim.options import Config
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
 from lmim.vit import CrossAttention

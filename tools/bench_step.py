@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lmim import LatentMIM, dist
-from lmim.config import Config, ConfigError, crop_size, load_config, validate
+from lmim.config import ConfigError, crop_size, load_config, validate
+from lmim.options import Config
 from lmim.parallel import Backend, build_backend
 from lmim.profiling import flops_per_image, matrix_peak
 from lmim.schedules import Schedules

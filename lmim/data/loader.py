@@ -31,7 +31,8 @@ import torch
 import webdataset as wds
 from torch import Tensor
 
-from lmim.config import Config, ConfigError, DataConfig, Split
+from lmim.config import ConfigError, Split
+from lmim.options import Config, DataConfig
 from lmim.data.augment import Augment
 from lmim.data.cache import ReadAhead, ShardCache, Wanted
 from lmim.data.datasets import open_source

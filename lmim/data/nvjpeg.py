@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from lmim.config import DataConfig
+from lmim.options import DataConfig
 from lmim.data.transforms import FLIP, jpeg_size, random_resized_crop_box
 from lmim.randomness import uniform
 

@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmim import dist
-from lmim.config import Config
 from lmim.data.loader import UNREADABLE
 from lmim.data.shards import ShardIndex
 from lmim.eval.case import Case, check_classes, check_labels, check_several_classes, opened
 from lmim.eval.features import Reading, Subject, check_readings, image_batches, none_readable
 from lmim.eval.linear import held_out_split
+from lmim.options import Config
 from lmim.patches import normalize_images
 from lmim.vit import NORM_EPS, CrossAttention, init_parameters
 

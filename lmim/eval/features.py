@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmim import dist
-from lmim.config import Config, ConfigError, model_dimensions
+from lmim.config import ConfigError, model_dimensions
 from lmim.data.loader import UNREADABLE, default_workers, eval_batches
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology, gather_rows
 from lmim.eval.feature_cache import FeatureCache, identity_of
+from lmim.options import Config
 from lmim.patches import normalize_images
 from lmim.vit import Decoder, VisionTransformer
 

@@ -21,16 +21,7 @@ import torch
 
 from lmim import dist, store
 from lmim.classifier import Classifier
-from lmim.config import (
-    Config,
-    ConfigError,
-    ModelConfig,
-    ObjectiveConfig,
-    check,
-    crop_size,
-    duration_steps,
-    model_dimensions,
-)
+from lmim.config import ConfigError, check, crop_size, duration_steps, model_dimensions
 from lmim.data.augment import Augment
 from lmim.data.loader import UNREADABLE, Batch
 from lmim.data.shards import ShardIndex
@@ -40,6 +31,7 @@ from lmim.eval.features import eval_sizes, image_batches, none_readable
 from lmim.eval.results import record
 from lmim.eval.session import open_encoder
 from lmim.metrics import EVAL_FILE, LOG_FILE, read_rows
+from lmim.options import Config, ModelConfig, ObjectiveConfig
 from lmim.parallel import Backend
 from lmim.profiling import classifier_flops
 from lmim.schedules import Hyper

@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmim import dist
-from lmim.config import Config, ProbeConfig
 from lmim.dist import Topology
 from lmim.eval.case import Case, check_classes, check_labels, check_several_classes, class_count, opened
 from lmim.eval.features import Features, Reading, Subject, check_readings
+from lmim.options import Config, ProbeConfig
 
 MOMENTUM = 0.9
 CHUNK = 4096

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lmim.config import Config, Split
+from lmim.config import Split
 from lmim.dist import Topology
+from lmim.options import Config
 from lmim.schedules import Hyper
 from lmim.store import Piece
 

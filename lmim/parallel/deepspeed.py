@@ -28,7 +28,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import Tensor, nn
 
 from lmim import dist
-from lmim.config import Config, ConfigError, Split
+from lmim.config import ConfigError, Split
 from lmim.dist import Topology
 from lmim.optim import (
     MOMENTS,
@@ -40,6 +40,7 @@ from lmim.optim import (
     set_steps_taken,
     steps_taken,
 )
+from lmim.options import Config
 from lmim.parallel import Trainable, attention_kernel, lend, lend_whole, prepare_blocks
 from lmim.parallel.engine import engine_config
 from lmim.schedules import Hyper

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lmim import dist
-from lmim.config import Config, ConfigError, Split
+from lmim.config import ConfigError, Split
 from lmim.dist import Topology
 from lmim.optim import (
     MOMENTS,
@@ -38,6 +38,7 @@ from lmim.optim import (
     set_steps_taken,
     steps_taken,
 )
+from lmim.options import Config
 from lmim.parallel import Trainable, attention_kernel, autocast, lend_whole, prepare_blocks
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmim.config import Config, Split
+from lmim.config import Split
 from lmim.dist import Topology
 from lmim.optim import (
     MOMENTS,
@@ -24,6 +24,7 @@ from lmim.optim import (
     set_steps_taken,
     steps_taken,
 )
+from lmim.options import Config
 from lmim.parallel import Trainable, attention_kernel, autocast, lend, prepare_blocks
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
