@@ -32,9 +32,10 @@ PODS = ("job.yaml", "pytorchjob.yaml")
 
 
 def dry_run(script: str, *words: str, **environment: str) -> list[str]:
-    """Return the command that a script would run: its last line."""
+    """Return the command that a script would run, its last line; on one rank, unless GPUS says otherwise."""
     clean = {name: value for name, value in process_environment().items() if not name.startswith(("SLURM_", "PET_"))}
-    done = subprocess.run(["bash", f"launch/{script}", "--dry-run", *words], cwd=REPOSITORY, env=clean | environment,
+    clean |= {"GPUS": "1"} | environment
+    done = subprocess.run(["bash", f"launch/{script}", "--dry-run", *words], cwd=REPOSITORY, env=clean,
                           capture_output=True, text=True, timeout=60)  # fmt: skip
     assert done.returncode == 0 and not done.stderr, done.stderr
     return shlex.split(done.stdout.splitlines()[-1])
@@ -121,6 +122,8 @@ def test_defaults_give_way_to_what_is_set_outside(tmp_path):
 
 
 def test_torchrun_on_one_machine_and_on_several():
+    counted = torchrun_arguments(dry_run("torchrun.sh", *SETTINGS, GPUS=""))
+    assert counted.nproc_per_node == "1"  # tests hide all GPUs
     alone = torchrun_arguments(dry_run("torchrun.sh", *SETTINGS, GPUS="4"))
     assert (alone.nnodes, alone.nproc_per_node, alone.master_addr) == ("1", "4", "127.0.0.1")
     assert 20_000 <= int(alone.master_port) < 32_000 and alone.module and alone.training_script == "lmim"
@@ -134,7 +137,7 @@ def test_torchrun_on_one_machine_and_on_several():
 def test_deepspeed_on_this_machine():
     chosen = deepspeed_arguments(dry_run("deepspeed.sh", *SETTINGS, GPUS="4"))
     assert chosen.num_gpus == 4 and chosen.module and chosen.user_script == "lmim"
-    by_devices = deepspeed_arguments(dry_run("deepspeed.sh", *SETTINGS, CUDA_VISIBLE_DEVICES="2,3"))
+    by_devices = deepspeed_arguments(dry_run("deepspeed.sh", *SETTINGS, GPUS="", CUDA_VISIBLE_DEVICES="2,3"))
     assert by_devices.num_gpus == -1  # else the launcher leaves CUDA_VISIBLE_DEVICES aside
 
 
