@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -54,6 +55,8 @@ class DeepSpeedBackend:
         self.cut = config.parallel.zero_stage == 3  # weights too
         self.engine_config = engine_config(config, split)
         deepspeed.utils.logger.setLevel(logging.WARNING)
+        # torch 2.14 would say twice a step that DeepSpeed calls collectives by their old names
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         try:
             DeepSpeedConfig(copy.deepcopy(self.engine_config))
         except (DeepSpeedConfigError, ValueError, AssertionError) as error:

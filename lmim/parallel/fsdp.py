@@ -15,6 +15,7 @@ Online encoder, target and decoder are three roots and not one: each can then be
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -51,6 +52,8 @@ class FsdpBackend:
     def __init__(self, config: Config, topology: Topology, split: Split):
         self.config, self.topology, self.split = config, topology, split
         self.policy = self._policy()
+        # told in every step by torch 2.14: nothing here works in place on what a part returns
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
 
     def prepare(self, build: Callable[[], Trainable]) -> None:
         self.build = build
