@@ -36,6 +36,7 @@ from tests.conftest import REPOSITORY, TINY, process_environment, train_command
 from tests.ranks import Driver
 from tests.test_cli_mistakes import refused
 
+pytestmark = pytest.mark.timeout(600)  # the first test also makes the run that others read
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
 LOCAL = ["parallel.backend=local"]
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
