@@ -32,21 +32,21 @@ class RunConfig:
 @dataclass
 class ModelConfig:
     variant: str = "base"  # tiny, small, base, large or huge; the next four override its parts
-    embed_dim: Optional[int] = None
-    depth: Optional[int] = None
-    num_heads: Optional[int] = None
+    embed_dim: Optional[int] = None  # width of the encoder; empty: the variant's, as for the next three
+    depth: Optional[int] = None  # blocks
+    num_heads: Optional[int] = None  # of attention
     patch_size: Optional[int] = None  # px
     grid_size: int = 14  # cells a side
     patch_gap: int = 4  # px between patches; the crop is grid_size · (patch_size + patch_gap) px
-    mlp_ratio: float = 4.0
-    projector_dim: int = 4096
+    mlp_ratio: float = 4.0  # hidden width of the MLPs over that of their tokens
+    projector_dim: int = 4096  # hidden width
     projector_depth: int = 3  # 0: no projector
-    decoder_dim: int = 512
-    decoder_depth: int = 3
-    decoder_num_heads: int = 16
+    decoder_dim: int = 512  # width
+    decoder_depth: int = 3  # blocks
+    decoder_num_heads: int = 16  # of attention
     decoder_attention: str = "cross"  # mask tokens to each other, then to visible ones; self: all to all
     visual_cues: bool = True  # mask tokens start from the visible tokens nearby
-    learnable_positions: bool = False
+    learnable_positions: bool = False  # instead of the fixed sines and cosines
     drop_path: float = 0.0  # of the online encoder; grows linearly with depth to this rate
     dropout: float = 0.0  # of the online encoder's branches
 
@@ -54,14 +54,14 @@ class ModelConfig:
 @dataclass
 class ObjectiveConfig:
     loss: str = "infonce"  # infonce, norm_l2, mse, l1, smooth_l1 or cosine
-    temperature: float = 0.2
+    temperature: float = 0.2  # of InfoNCE: lower tells patches apart more sharply
     num_visible: int = 20  # of grid_size² cells
     target: str = "ema"  # what makes targets: a moving average, or joint: the online encoder itself, with gradient
     target_input: str = "masked"  # what the target encoder sees: masked patches, or all
     gap_jitter: str = "released"  # offsets 0 … gap − 1 as released, or full: 0 … gap
     similarity_weight: float = 0.0  # of the penalty that steers the mean patch similarity; 0: off
-    similarity_start: float = 0.75
-    similarity_end: float = 0.25
+    similarity_start: float = 0.75  # mean cosine that the penalty steers to at the start
+    similarity_end: float = 0.25  # and at the end, along half a cosine
     momentum: float = 0.99  # of the target at the start; goes to 1 along half a cosine
 
 
@@ -74,8 +74,8 @@ class DataConfig:
     micro_batch: Optional[int] = None  # images per forward on one rank; empty: global_batch / ranks
     crop_size: Optional[int] = None  # px; empty: grid_size · (patch_size + patch_gap), which it must equal
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # share of the image's area
-    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])
-    flip: bool = True
+    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])  # width over height
+    flip: bool = True  # mirror half of the crops
     decoder: str = "turbo"  # turbo (libjpeg-turbo), pillow (4 times slower), or nvjpeg (on the GPU)
     weights: list[float] = field(default_factory=list)  # how often each of several sources is drawn; empty: by size
     block_shards: int = 64  # shards whose samples are shuffled together
@@ -93,12 +93,12 @@ class DataConfig:
 @dataclass
 class OptimConfig:
     duration: str = "300ep"  # durations: 800ep (epochs), 125000st (steps), 5% (of the whole run)
-    warmup: str = "30ep"
+    warmup: str = "30ep"  # linear, from the floor to the peak
     base_lr: float = 1.5e-4  # the peak is base_lr · global_batch / 256
     floor: float = 0.25  # share of the peak where the learning rate starts and ends
-    weight_decay: float = 0.05
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
+    weight_decay: float = 0.05  # not of biases, norms, embeddings
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
+    eps: float = 1e-8  # of AdamW
     clip_norm: float = 0.0  # of the whole gradient; 0: no clipping
     max_skipped_steps: int = 3  # in a row, left out as loss or gradient was not finite, that end the run
 
@@ -126,7 +126,7 @@ class ParallelConfig:
 class LogConfig:
     every: str = "10st"  # how often values leave the device, and the progress line moves
     wandb: str = "off"  # off, online or offline
-    wandb_project: str = "lmim"
+    wandb_project: str = "lmim"  # where wandb lists the run
     tensorboard: bool = False  # its files are in `tensorboard` in the run folder
 
 
@@ -153,18 +153,19 @@ class EvalConfig:
 @dataclass
 class ProbeConfig:
     layers: list[int] = field(default_factory=lambda: [-1])  # linear: tried together, as are poolings and rates
+    # linear: as eval.pooling
     poolings: list[str] = field(default_factory=lambda: ["patch_mean", "class_token", "class_patch_mean"])
     # linear: of a batch of 256
     learning_rates: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5])
     batch_norm: bool = True  # linear: features are standardised before the layer, without learned scale (MAE)
     epochs: int = 10  # linear; on ImageNet-1K 12,510 steps of 1024, as DINOv2's probe
     least_steps: int = 4000  # linear: more epochs where there are fewer steps
-    batch: int = 1024
-    weight_decay: float = 0.0
+    batch: int = 1024  # linear: images per step
+    weight_decay: float = 0.0  # linear
     held_out: float = 0.1  # share of data.train that chooses among what was tried
     attentive_learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])  # attentive: AdamW's
-    attentive_epochs: int = 20
-    attentive_batch: int = 256
+    attentive_epochs: int = 20  # attentive
+    attentive_batch: int = 256  # attentive: images per step
     memory_gb: float = 4.0  # attentive: a rank's tokens are kept if they need no more; else encoded in every epoch
     shots: list[int] = field(default_factory=lambda: [1, 5, 10])  # fewshot: training images a class
     trials: int = 10  # fewshot: draws of them
@@ -180,7 +181,7 @@ class SegmentConfig:
     count: int = 8  # images, spread evenly over all there are; 0: all
     pictures: int = 8  # of these that are drawn
     size: Optional[int] = None  # px of the short side and the centre crop; empty: twice the training grid without gaps
-    clusters: list[int] = field(default_factory=lambda: [3, 4, 5])
+    clusters: list[int] = field(default_factory=lambda: [3, 4, 5])  # how many, each in a picture of its own
     linkage: str = "ward"  # or average
     layer: int = -1  # whose block's tokens are clustered; -1: the last's
     out: str = ""  # folder for the pictures; empty: `segment` in the run folder
@@ -205,24 +206,24 @@ class FinetuneConfig:
 
     folder: str = ""  # of the run that fine-tunes; empty: finetune/online (or target, scratch) in run.folder
     duration: str = "100ep"  # ViT-L and H: 50ep
-    warmup: str = "5ep"
+    warmup: str = "5ep"  # linear, from the floor to the peak
     global_batch: int = 1024  # images per optimizer step over all ranks
     micro_batch: Optional[int] = None  # images per forward on one rank; empty: data.micro_batch
     base_lr: float = 5e-4  # the peak is base_lr · global_batch / 256; ViT-L and H: 1e-3
     floor: float = 0.0  # share of the peak where the learning rate starts and ends
     layer_decay: float = 0.65  # each block learns at so much of the next one's rate; ViT-L and H: 0.75
-    weight_decay: float = 0.05
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.05  # not of biases, norms, positions and the class token
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
     clip_norm: float = 0.0  # of the whole gradient; 0: no clipping
     drop_path: float = 0.1  # ViT-L: 0.2, ViT-H: 0.3
     pooling: str = "mean"  # of the patch tokens, with a norm of its own; or class: the class token
     grid: Optional[int] = None  # cells a side; empty: as pretrained
-    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the image's area
     randaugment: str = "rand-m9-mstd0.5-inc1"  # as timm writes it; empty: none
     erasing: float = 0.25  # probability of erasing a rectangle
     mixup: float = 0.8  # alpha of the mixing of two images; 0: none
     cutmix: float = 1.0  # alpha of the pasting of one image into another, by turns with mixup; 0: none
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.1  # share of a label that is spread over all classes
     evaluate_every: str = "10%"  # accuracy on data.eval
     scratch: bool = False  # begin with new weights of `model`, to see what pretraining is worth
     # the rest is set by `lmim eval finetune`, in the run that it makes
@@ -240,7 +241,7 @@ class HealthConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: str = "10%"
+    every: str = "10%"  # 0st: only at the end, or when the run is stopped
     keep: int = 2  # newest ones kept
     keep_every: str = "0st"  # those at multiples of this are kept for good; 0st: none
     asynchronous: bool = True  # written beside training, from a copy in host memory
