@@ -345,8 +345,8 @@ def activation_bytes(config: Config) -> ActivationBytes:
         blocks = FP32 * (tokens * s.D + s.decoder_depth * A * s.E)
     rest += a * T * s.D + FP32 * T * s.E + FP32 * s.M * s.V * config.model.visual_cues  # into the decoder
     rest += Q * (4 * s.E + norm + a * s.E)
-    if config.objective.loss == "infonce":  # targets with a gradient keep their norms' inputs too
-        rest += (6 if joint else 4) * FP32 * s.M * s.D + FP32 * s.M**2
+    if config.objective.loss == "infonce":  # the norm of targets with a gradient keeps its input too
+        rest += (5 if joint else 4) * FP32 * s.M * s.D + FP32 * s.M**2
     else:
         rest += 2 * FP32 * s.M * s.D
     crop = 3 * crop_size(config.model) ** 2
