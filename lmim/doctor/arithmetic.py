@@ -5,8 +5,6 @@ Nothing is measured here; a batch that does not divide is answered with the numb
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from lmim.config import Config, ConfigError, validate
 from lmim.doctor.rows import FAILURE, OK, WARNING, Case, Finding, Found, Row, duration, step_seconds
 from lmim.train import TASKS, Plan
@@ -31,37 +29,26 @@ def batch(config: Config, ranks: int) -> Row:
         split = validate(config, ranks)
     except ConfigError as error:
         return Row("batch", FAILURE, str(error), _fitting(config, ranks))
-    words = f"{whole} = {ranks} rank{'s' * (ranks > 1)} x {split.micro_batch} (micro-batch) x {split.accumulate} (accumulation)"
+    many = f"{ranks} rank{'s' * (ranks > 1)}"
+    words = f"{whole} = {many} x {split.micro_batch} (micro-batch) x {split.accumulate} (accumulation)"
     return Row("batch", OK, words, figures=dict(global_batch=whole, ranks=ranks, micro_batch=split.micro_batch,
                                                 accumulate=split.accumulate))  # fmt: skip
 
 
-def fits(config: Config, ranks: int) -> bool:
-    """Tell whether a run of so many ranks would start."""
-    try:
-        validate(config, ranks)
-    except ConfigError:
-        return False
-    return True
-
-
 def _fitting(config: Config, ranks: int) -> str:
-    """Name micro-batches and numbers of ranks that would fit, nearest to what was asked for first."""
-    whole, micro = config.data.global_batch, config.data.micro_batch
+    """Name the micro-batches and numbers of ranks that would divide the batch, those nearest to what was asked for."""
+    whole, micro = config.data.global_batch, config.data.micro_batch or 1
     advice = []
-    micros = [n for n in range(1, whole // ranks + 1) if fits(_with_micro(config, n), ranks)]
-    if micros:
-        near = sorted(micros, key=lambda n: (abs(n - (micro or whole // ranks)), n))[:NAMED]
-        advice.append(f"data.micro_batch={', '.join(map(str, sorted(near)))} divides {whole} on {ranks} ranks")
-    others = [n for n in range(1, 2 * ranks + 1) if n != ranks and fits(config, n)]
-    if others:
-        near = sorted(others, key=lambda n: (abs(n - ranks), n))[:NAMED]
+    if whole % ranks == 0:
+        share = whole // ranks
+        near = sorted((n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - micro))[:NAMED]
+        advice.append(f"data.micro_batch={', '.join(map(str, sorted(near)))} fit {whole} on {ranks} ranks")
+    near = sorted((n for n in range(1, 2 * ranks + 1) if whole % (n * micro) == 0), key=lambda n: abs(n - ranks))[
+        :NAMED
+    ]
+    if near and ranks not in near:
         advice.append(f"as it is it fits {', '.join(map(str, sorted(near)))} ranks")
-    return "; ".join(advice) or "see what is told beside"
-
-
-def _with_micro(config: Config, micro: int) -> Config:
-    return replace(config, data=replace(config.data, micro_batch=micro))
+    return "; ".join(advice)
 
 
 def length(config: Config, found: Found) -> Row:
@@ -70,13 +57,19 @@ def length(config: Config, found: Found) -> Row:
     images = [of["epoch_images"] for of in found.get("images", {}).values()]
     peak = optim.base_lr * whole / 256
     rate = f"peak lr {peak:.3g} = {optim.base_lr:.3g} x {whole} / 256, floor {optim.floor * peak:.3g}"
-    if not images or not images[0]:
-        return Row("schedule", WARNING, f"{rate}; steps are not known without data.train",
-                   "mend data.train; if it leaves nothing of an epoch (data.tail=drop), take carry")  # fmt: skip
+    if not images:
+        return Row("schedule", WARNING, f"{rate}; steps are not known without data.train", "mend data.train")
     try:
+        if not images[0]:
+            raise ConfigError(f"data.tail (drop) leaves nothing of data.train for data.global_batch ({whole})")
         plan = Plan(config, images[0], TASKS[config.run.task](config).evaluations)
     except ConfigError as error:
-        return Row("schedule", FAILURE, str(error), "set optim.duration and optim.warmup to fit each other")
+        return Row(
+            "schedule",
+            FAILURE,
+            str(error),
+            "change what is named; durations are as 800ep (epochs), 125000st (steps) or 5% (of the run)",
+        )
     warmup = plan.schedules.warmup_steps
     total = plan.total_steps
     words = (f"{images[0]:,} images = {plan.steps_per_epoch:.1f} steps an epoch; {optim.duration} = {total:,} steps, "

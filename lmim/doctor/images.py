@@ -19,6 +19,7 @@ import numpy as np
 from lmim.config import Config, ConfigError, crop_size
 from lmim.data.datasets import Source, open_source
 from lmim.data.loader import EMBEDDED, default_workers, open_shards, open_storage, open_stream
+from lmim.data.plan import Stream
 from lmim.data.sharding import write_shards
 from lmim.data.shards import Sample, ShardIndex, ShardReader
 from lmim.data.storage import Damaged, is_remote, without_secrets
@@ -37,8 +38,8 @@ def look_at_images(case: Case) -> Finding:
     config, ranks = case.config, case.topology.world_size
     index, epoch_images = _open(case)
     workers = default_workers(case.topology) if config.data.workers is None else config.data.workers
-    _, ids = open_stream(config.data, index, config.run.seed).at(case.topology.rank * MOST_IMAGES,
-                                                                 (case.topology.rank + 1) * MOST_IMAGES)  # fmt: skip
+    first = case.topology.rank * MOST_IMAGES
+    _, ids = open_stream(replace(config.data, tail="carry"), index, config.run.seed).at(first, first + MOST_IMAGES)
     samples, read_per_s = _read(index, ids, min(max(workers, 1), MOST_READERS))
     whole = [sample for sample in samples if isinstance(sample, Sample)]
     damaged = [str(sample) for sample in samples if isinstance(sample, Damaged)]
@@ -70,7 +71,9 @@ def _open(case: Case) -> tuple[ShardIndex, int]:
                         config.data.max_bad_fraction)  # fmt: skip
     if index is None or not len(index):
         raise ConfigError(f"data.train ({config.data.train}) holds no images: shard some")
-    return index, open_stream(config.data, index, config.run.seed).epoch_samples + more
+    whole = Stream(np.array([0, len(index) + more]), seed=0, global_batch=config.data.global_batch,
+                   tail=config.data.tail)  # fmt: skip
+    return index, whole.epoch_samples
 
 
 def _read(index: ShardIndex, ids: np.ndarray, readers: int) -> tuple[list[Sample | Damaged], float]:
@@ -88,11 +91,12 @@ def _read(index: ShardIndex, ids: np.ndarray, readers: int) -> tuple[list[Sample
             if batch is None:
                 return
             try:
-                done.append((0.0, reader.read_many(batch)))
+                samples = reader.read_many(batch)
             except Exception as error:  # noqa: BLE001  (raised again by the thread that waits)
                 errors.append(error)
                 return
-            done[-1] = (time.perf_counter(), done[-1][1])
+            with lock:
+                done.append((time.perf_counter(), samples))
 
     threads = [threading.Thread(target=read, name="doctor-reads", daemon=True) for _ in range(readers)]
     for thread in threads:
