@@ -1,8 +1,7 @@
 """The trial: all ranks meet as in training, time their all-reduces and take a real step on random crops.
 
-Owns the processes that do so, one a rank (`step`). They are processes of their
-own so that the memory measured is a trainer's, and whatever kills or hangs them leaves the doctor alive to tell of it.
-The invariant: they write to a temporary folder only, and none outlives its doctor.
+Owns the processes that do so, one a rank (`step`). They are processes of their own so that the memory measured is a
+trainer's, and whatever kills or hangs them leaves the doctor alive to tell of it. The invariant: they write to a temporary folder only, and none outlives its doctor.
 """
 
 from __future__ import annotations
@@ -27,12 +26,14 @@ OUT_OF_MEMORY = ("out of memory", "memoryerror", "can't allocate memory", "canno
 
 
 def trial_config(config: Config, ranks: int) -> Config:
-    """Return the configuration of a step that is as large as the run's on each rank, with two micro-batches at most.
+    """Return the configuration of a step of the run's micro-batches, of which two show what more would.
 
-    A batch that does not divide gives way to the nearest that does.
+    A batch that does not divide gives way to one that does.
     """
     micro = config.data.micro_batch or max(config.data.global_batch // ranks, 1)
-    accumulate = 2 if config.data.global_batch > ranks * micro else 1
+    accumulate = -(-config.data.global_batch // (ranks * micro))
+    if not config.parallel.deepspeed_config:  # that may name the whole batch
+        accumulate = min(accumulate, 2)
     data = replace(config.data, micro_batch=micro, global_batch=ranks * micro * accumulate)
     data.lanes = min(data.lanes, data.global_batch)
     return replace(config, data=data, run=replace(config.run, init_from="", resume_from=""))
@@ -40,8 +41,6 @@ def trial_config(config: Config, ranks: int) -> Config:
 
 def look_at_trial(case: Case) -> Finding:
     """Run this rank's trial and return what it measured, and in "failed" how it failed, if it did."""
-    if case.config.run.task != "pretrain":
-        raise ConfigError(f"run.task ({case.config.run.task}) has no trial: only pretraining is tried")
     if case.board.lost:
         raise ConfigError(f"not tried, as {of_ranks(sorted(case.board.lost))} gave no word")
     config = trial_config(case.config, case.topology.world_size)

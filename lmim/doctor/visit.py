@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lmim import dist
-from lmim.config import Config, check
+from lmim.config import Config, ConfigError, check
 from lmim.doctor import arithmetic, folder, images, machine, reached, trial
 from lmim.doctor.rows import (
     FAILURE,
@@ -70,6 +70,8 @@ def doctor(config: Config) -> int:
     last, a JSON object.
     """
     check(config)
+    if config.run.task != "pretrain":
+        raise ConfigError(f"run.task ({config.run.task}) cannot be looked at: give the pretraining's configuration")
     topology = dist.discover()
     logging.getLogger("lmim").setLevel(logging.ERROR)  # what is tried again is measured, not told
     try:
