@@ -1,7 +1,8 @@
 """The trial: all ranks meet as in training, time their all-reduces and take a real step on random crops.
 
 Owns the processes that do so, one a rank (`step`). They are processes of their own so that the memory measured is a
-trainer's, and whatever kills or hangs them leaves the doctor alive to tell of it. The invariant: they write to a temporary folder only, and none outlives its doctor.
+trainer's, and whatever kills or hangs them leaves the doctor alive to tell of it. The invariant: they write to a
+temporary folder only, and none outlives its doctor.
 """
 
 from __future__ import annotations
