@@ -29,10 +29,13 @@ def batch(config: Config, ranks: int) -> Row:
         split = validate(config, ranks)
     except ConfigError as error:
         return Row("batch", FAILURE, str(error), _fitting(config, ranks))
-    many = f"{ranks} rank{'s' * (ranks > 1)}"
-    words = f"{whole} = {many} x {split.micro_batch} (micro-batch) x {split.accumulate} (accumulation)"
+    words = f"{whole} = {_many(ranks)} x {split.micro_batch} (micro-batch) x {split.accumulate} (accumulation)"
     return Row("batch", OK, words, figures=dict(global_batch=whole, ranks=ranks, micro_batch=split.micro_batch,
                                                 accumulate=split.accumulate))  # fmt: skip
+
+
+def _many(ranks: int) -> str:
+    return f"{ranks} rank{'s' * (ranks > 1)}"
 
 
 def _fitting(config: Config, ranks: int) -> str:
@@ -42,7 +45,7 @@ def _fitting(config: Config, ranks: int) -> str:
     if whole % ranks == 0:
         share = whole // ranks
         near = sorted((n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - micro))[:NAMED]
-        advice.append(f"data.micro_batch={', '.join(map(str, sorted(near)))} fit {whole} on {ranks} ranks")
+        advice.append(f"data.micro_batch={', '.join(map(str, sorted(near)))} fit {whole} on {_many(ranks)}")
     near = sorted((n for n in range(1, 2 * ranks + 1) if whole % (n * micro) == 0), key=lambda n: abs(n - ranks))[
         :NAMED
     ]
