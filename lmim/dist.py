@@ -301,14 +301,14 @@ class Board:
 
     def share(self, name: str, value: Any, limit_s: float) -> list[Any]:
         """Return every rank's value, in rank order, None for a rank that is silent for so long."""
-        self.store.set(f"{name}/{self.rank}", json.dumps(value))
-        if self.rank == 0:
-            self.store.set(f"{name}/all", json.dumps(self._collect(name, limit_s)))
         try:
+            self.store.set(f"{name}/{self.rank}", json.dumps(value))
+            if self.rank == 0:
+                self.store.set(f"{name}/all", json.dumps(self._collect(name, limit_s)))
             self.store.wait([f"{name}/all"], timedelta(seconds=2 * limit_s + 10))
             values = json.loads(self.store.get(f"{name}/all"))
         except RuntimeError as error:
-            raise RankLost(f"rank 0 gave no word for {2 * limit_s + 10:g} s ({name})") from error
+            raise RankLost(f"rank 0 is gone, or gave no word for {2 * limit_s + 10:g} s ({name})") from error
         self.lost = {rank for rank in self.ranks if values[rank] is None}
         return values
 
