@@ -36,6 +36,9 @@ LEVELS = {
     "resume": 4.8,
     "task": 4.9,
     "train": 5,
+    "doctor": 0, "doctor.memory": 1, "doctor.rows": 5.1, "doctor.trial": 5.2, "doctor.machine": 5.2,
+    "doctor.folder": 5.2, "doctor.images": 5.2, "doctor.arithmetic": 5.2, "doctor.reached": 5.3, "doctor.step": 5.3,
+    "doctor.visit": 5.4,
     "": 5.5,
     "__main__": 6,
 }  # fmt: skip
