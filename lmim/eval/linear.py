@@ -75,14 +75,14 @@ def fit(x: Tensor, labels: Tensor, classes: int, rates: list[float], probe: Prob
                     torch.zeros(len(rates), classes, device=device), mean.to(device), std.to(device))  # fmt: skip
     peak_H1 = torch.tensor(rates, device=device)[:, None] * probe.batch / 256
     velocity_w, velocity_b = torch.zeros_like(heads.weights), torch.zeros_like(heads.biases)
-    generator = torch.Generator().manual_seed(seed)
+    x, generator = (x - mean).div_(std), torch.Generator().manual_seed(seed)
     steps_per_epoch = math.ceil(n / probe.batch)
     epochs = max(probe.epochs, math.ceil(probe.least_steps / steps_per_epoch))
     total = epochs * steps_per_epoch
     for epoch in range(epochs):
         dist.progress()
         for step, rows in enumerate(torch.randperm(n, generator=generator).split(probe.batch)):
-            batch, targets = heads.standardized(x[rows].to(device)), F.one_hot(labels[rows], classes).to(device)
+            batch, targets = x[rows].to(device), F.one_hot(labels[rows], classes).to(device)
             # the gradient of the mean cross-entropy, by hand: softmax less one-hot
             error_BHC = (heads.logits(batch).softmax(dim=-1) - targets[:, None]) / len(rows)
             gradient_DHC = (batch.T @ error_BHC.flatten(1)).view_as(heads.weights)
