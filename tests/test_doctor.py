@@ -90,6 +90,7 @@ def test_a_healthy_machine_passes_alone(tmp_path):
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_healthy_machine_passes_on_two_ranks_of_a_launcher(tmp_path):
     command = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port",
@@ -141,6 +142,7 @@ def test_a_run_folder_on_a_read_only_disk(few_checks, tmp_path, capsys):
     assert row["state"] == FAILURE and "cannot be written: " in row["found"]
 
 
+@pytest.mark.slow
 def test_a_shard_host_that_answers_slowly(shards, tmp_path):
     with serving(shards / "train") as server:
         slow = {path.name: "slow" for path in (shards / "train").glob("*.tar")}  # 1.2 s for every range
@@ -155,6 +157,7 @@ def test_a_shard_host_that_answers_slowly(shards, tmp_path):
     assert code == any(row["state"] == FAILURE for row in rows.values())
 
 
+@pytest.mark.slow
 def test_a_rank_on_another_version():
     codes, rows = visit_of_two("version")
     assert codes == [1, 1]
@@ -167,6 +170,7 @@ def test_a_rank_on_another_version():
     assert "same environment" in row["advice"]
 
 
+@pytest.mark.slow
 def test_a_clock_off_by_a_minute():
     codes, rows = visit_of_two("clock")
     assert codes == [1, 1]
@@ -176,6 +180,7 @@ def test_a_clock_off_by_a_minute():
     assert "NTP" in row["advice"] and rows["versions"]["state"] == OK
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide(tmp_path):
     code, rows, output = visit_alone(f"run.folder={tmp_path}/run", "data.global_batch=36", "data.micro_batch=16")
     assert code == 1
@@ -189,6 +194,7 @@ def test_a_batch_that_does_not_divide(tmp_path):
     assert set(others.values()) <= {OK, WARNING} and others["trial step"] == OK, output
 
 
+@pytest.mark.slow
 def test_too_little_memory(tmp_path):
     # 60,000 crops of 35 px: their patches alone are 0.6 GB, and what the backward needs would be 20 GB
     code, rows, output = visit_alone(f"run.folder={tmp_path}/run", "data.global_batch=60000", limit=6 * GB)
@@ -199,6 +205,7 @@ def test_too_little_memory(tmp_path):
     assert rows["reading"]["state"] == OK and rows["disk space"]["state"] == OK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
