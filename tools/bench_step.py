@@ -277,7 +277,7 @@ def report(rows: Sequence[StepRow], peak: float, options: argparse.Namespace, to
         settings = dict(config=str(options.config), overrides=options.overrides, vary=options.vary,
                         steps=options.steps, rounds=options.rounds, together=options.together,
                         ranks=topology.world_size, device=where)  # fmt: skip
-        path = write_figures("step", dict(peak_tflops=round(peak / 1e12, 3), rows=figures), **settings)
+        path = write_figures("step", dict(peak_tflops=float(f"{peak / 1e12:.4g}"), rows=figures), **settings)
         print(f"written to {path}")
 
 
