@@ -118,9 +118,8 @@ def available_cores() -> int:
 
 def meet(topology: Topology, timeout: timedelta, *, join: bool = False) -> torch.distributed.Store:
     """Return the store through which all ranks find each other; with `join`, one that others have opened already."""
-    if (
-        topology.world_size == 1
-    ):  # nobody to meet: a port, however free it looked, may be taken by the time it is opened
+    # nobody to meet: a port, however free it looked, may be taken by the time it is opened
+    if topology.world_size == 1:
         return torch.distributed.HashStore()
     if topology.launcher == "slurm":
         for name, value in _slurm_meeting_point().items():

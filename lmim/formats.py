@@ -121,7 +121,7 @@ def build_decoder(weights: Weights, *, grid: int | None = None) -> Decoder:
             state["pos_embed"] = resized_positions(state["pos_embed"], trained, (side, side))
         with torch.device("meta"):
             decoder = Decoder(grid_size=side, encoder_dim=encoder_dim, embed_dim=dim, depth=depth,
-                                   mlp_ratio=_ratio(hidden, dim), attention=attention, **said)  # fmt: skip
+                              mlp_ratio=_ratio(hidden, dim), attention=attention, **said)  # fmt: skip
         decoder.load_state_dict(state, assign=True)
     except (KeyError, ValueError, RuntimeError) as error:
         words = " ".join(str(error).split())
