@@ -10,7 +10,8 @@ import pytest
 
 from lmim.__main__ import main
 from tests.conftest import REPOSITORY, TINY
-from tests.test_report import NASTY, nasty_run, rows_of, write_run
+from tests.run_folders import rows_of, write_run
+from tests.test_report import NASTY, nasty_run
 
 pytestmark = pytest.mark.browser
 PARTS = ["health", "curves", "tokens", "evaluations", "weights", "options"]

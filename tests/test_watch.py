@@ -87,7 +87,8 @@ def test_a_port_or_a_name_is_no_secret():
         "/data/a:b@c",
         "https://host/a?v=1",
     ):
-        validate(load_config(QUICKSTART, [f"data.train={address}"]), 1)
+        split = validate(load_config(QUICKSTART, [f"data.train={address}"]), 1)
+        assert split.micro_batch == 128, address
 
 
 class Wandb(BaseHTTPRequestHandler):

@@ -29,9 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import RESULTS, write_figures
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from bench import RESULTS, progress_bar, write_figures
 
 from lmim.dist import available_cores
 from lmim.metrics import LOG_FILE, read_rows
@@ -132,9 +130,7 @@ def run_ablations(options: argparse.Namespace) -> dict[str, Any]:
     for slot in slots():
         free.put(slot)
     runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in rows}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("runs", total=len(jobs))
 
         def do(job: tuple[str, int]) -> None:

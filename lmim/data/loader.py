@@ -316,8 +316,10 @@ class Receive:
         return moved
 
 
-def default_workers(topology: Topology) -> int:
-    """Return a rank's share of the cores less one for itself, at most 16: none where ranks fill the cores."""
+def loader_workers(config: DataConfig, topology: Topology) -> int:
+    """Return `data.workers`; empty: a rank's share of the cores less one for itself, none where ranks fill them."""
+    if config.workers is not None:
+        return config.workers
     return max(min(available_cores() // topology.local_world_size - 1, MAX_WORKERS), 0)
 
 
@@ -425,7 +427,7 @@ def _as_it_is(filled: Filled) -> Filled:
 
 def _loader(config: DataConfig, index: ShardIndex, seed: int, decode: Decode, split: Split, topology: Topology,
             start: int, stop: int) -> torch.utils.data.DataLoader:  # fmt: skip
-    workers = min(default_workers(topology) if config.workers is None else config.workers, stop - start)
+    workers = min(loader_workers(config, topology), stop - start)
     # one that is filled, one that the trainer reads, and those between
     decode.memory = BatchMemory(workers, PREFETCH + 2, split.micro_batch, decode.size) if workers else None
     fetch = Fetch(open_stream(config, index, seed), ShardReader(index), split.micro_batch)

@@ -5,8 +5,9 @@ Nothing is measured here; a batch that does not divide is answered with the numb
 
 from __future__ import annotations
 
-from lmim.config import Config, ConfigError, validate
+from lmim.config import ConfigError, validate
 from lmim.doctor.rows import FAILURE, OK, WARNING, Case, Finding, Found, Row, duration, step_seconds
+from lmim.options import Config
 from lmim.train import TASKS, Plan
 
 NAMED = 6  # numbers that would fit

@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from lmim import checkpoint
-from lmim.config import Config, ConfigError, duration_steps
+from lmim.config import ConfigError, duration_steps
 from lmim.doctor.rows import FAILURE, OK, WARNING, Case, Finding, Found, Row, duration, of_ranks, size
+from lmim.options import Config
 from lmim.profiling import FP32, count_parameters
 from lmim.resume import check_run_folder
 

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from lmim.config import Config, ConfigError, crop_size
+from lmim.config import ConfigError, crop_size
 from lmim.data.datasets import Source, open_source
-from lmim.data.loader import EMBEDDED, default_workers, open_shards, open_storage, open_stream
+from lmim.data.loader import EMBEDDED, loader_workers, open_shards, open_storage, open_stream
 from lmim.data.plan import Stream
 from lmim.data.sharding import write_shards
 from lmim.data.shards import Sample, ShardIndex, ShardReader
 from lmim.data.storage import Damaged, is_remote, without_secrets
 from lmim.data.transforms import ImageError, train_view
 from lmim.doctor.rows import FAILURE, OK, WARNING, Case, Finding, Found, Row, of_ranks, size, step_seconds
+from lmim.options import Config
 from lmim.randomness import sample_key
 
 READ_S, DECODE_S = 6.0, 2.0  # how long each is measured
@@ -37,7 +38,7 @@ def look_at_images(case: Case) -> Finding:
     """Return images/s that this rank reads with all its readers and decodes with one, and how many are damaged."""
     config, ranks = case.config, case.topology.world_size
     index, epoch_images = _open(case)
-    workers = default_workers(case.topology) if config.data.workers is None else config.data.workers
+    workers = loader_workers(config.data, case.topology)
     first = case.topology.rank * MOST_IMAGES
     _, ids = open_stream(replace(config.data, tail="carry"), index, config.run.seed).at(first, first + MOST_IMAGES)
     samples, read_per_s = _read(index, ids, min(max(workers, 1), MOST_READERS))

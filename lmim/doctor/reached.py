@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from lmim.config import Split, crop_size, validate
-from lmim.data.loader import PREFETCH, default_workers
+from lmim.data.loader import PREFETCH, loader_workers
 from lmim.doctor.rows import (
     FAILURE,
     OK,
@@ -24,7 +24,7 @@ from lmim.doctor.rows import (
     step_seconds,
 )
 from lmim.doctor.trial import is_memory, trial_config
-from lmim.forecast import GPUS
+from lmim.forecast import GPUS, known_gpu
 from lmim.profiling import collectives, flops_per_image, state_bytes
 
 FULL = 0.9  # of the memory
@@ -84,7 +84,7 @@ def _step(case: Case, trials: dict[int, Finding]) -> list[Row]:
     per_s = config.data.global_batch / step_s
     words = f"{duration(step_s)} a step of {config.data.global_batch} images, {per_s:,.0f} images/s"
     flop_per_s = per_s * flops_per_image(config).total / case.topology.world_size
-    gpu = next((one for name, one in GPUS.items() if name in str(steps[slowest]["device"]).lower()), None)
+    gpu = GPUS.get(known_gpu(steps[slowest]["device"]))
     words += f", {flop_per_s / 1e12:.3g} TFLOP/s a rank"
     words += f", MFU {flop_per_s / 1e12 / gpu.tflops(config.precision.compute):.0%}" if gpu else ""
     figures = dict(step_s=step_s, images_per_s=per_s, flop_per_s_per_rank=flop_per_s)
@@ -130,7 +130,7 @@ def _memory(case: Case, trials: dict[int, Finding], found: Found) -> list[Row]:
 def _shared_memory(case: Case, found: Found) -> list[Row]:
     """Loader workers hand batches over in shared memory, of which containers have 64 MB unless told otherwise."""
     config, split = case.config, _split(case)
-    workers = default_workers(case.topology) if config.data.workers is None else config.data.workers
+    workers = loader_workers(config.data, case.topology)
     needed = workers * (PREFETCH + 2) * split.micro_batch * 3 * crop_size(config.model) ** 2
     needed *= case.topology.local_world_size
     free = min((of["shm"] for of in found.get("trial", {}).values() if of.get("shm")), default=None)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmim.config import Config
 from lmim.dist import Board, Topology
+from lmim.options import Config
 from lmim.train import MISTAKES
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"

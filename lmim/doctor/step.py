@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from lmim import dist
-from lmim.config import Config, crop_size, load_config, validate
+from lmim.config import crop_size, load_config, validate
 from lmim.doctor.memory import address_space, peak_memory
 from lmim.doctor.rows import in_words
 from lmim.doctor.trial import TRIAL_S, leave
+from lmim.options import Config
 from lmim.parallel import build_backend
 from lmim.randomness import sample_key
 from lmim.schedules import Schedules

@@ -17,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lmim.config import Config, ConfigError, save_config, validate
+from lmim.config import ConfigError, save_config, validate
 from lmim.doctor.memory import available_memory
 from lmim.doctor.rows import Case, Finding, of_ranks
+from lmim.options import Config
 
 TRIAL_S, GRACE_S = 480.0, 15.0  # in all; and once another rank's trial has failed
 OUT_OF_MEMORY = ("out of memory", "memoryerror", "can't allocate memory", "cannot allocate memory", "bad_alloc",

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lmim import dist
-from lmim.config import Config, ConfigError, check
+from lmim.config import ConfigError, check
 from lmim.doctor import arithmetic, folder, images, machine, reached, trial
 from lmim.doctor.rows import (
     FAILURE,
@@ -40,6 +40,7 @@ from lmim.doctor.rows import (
     in_words,
     of_ranks,
 )
+from lmim.options import Config
 
 WIDTH = 120  # columns of the table at least, in a log
 MEET_S, GRACE_S = 300.0, 20.0  # for all ranks to come; for the others, once the first has done a check
