@@ -161,7 +161,7 @@ class ProbeConfig:
     epochs: int = 10  # linear; on ImageNet-1K 12,510 steps of 1024, as DINOv2's probe
     least_steps: int = 4000  # linear: more epochs where there are fewer steps
     batch: int = 1024  # linear: images per step
-    weight_decay: float = 0.0  # linear
+    weight_decay: Optional[float] = None  # empty: linear 1 / training images (scikit-learn's C = 1), attentive 0
     held_out: float = 0.1  # share of data.train that chooses among what was tried
     attentive_learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])  # attentive: AdamW's
     attentive_epochs: int = 20  # attentive

@@ -106,7 +106,7 @@ def fit(tokens: Tokens, fitted: np.ndarray, probes: nn.ModuleList, config: Confi
     probe, rates = config.probe, config.probe.attentive_learning_rates
     parameters = list(probes.parameters())
     optimizer = torch.optim.AdamW([dict(params=p.parameters(), lr=r) for p, r in zip(probes, rates, strict=True)],
-                                  betas=BETAS, weight_decay=probe.weight_decay)  # fmt: skip
+                                  betas=BETAS, weight_decay=probe.weight_decay or 0.0)  # fmt: skip
     generator = np.random.default_rng(config.run.seed)
     total, step = probe.attentive_epochs * math.ceil(len(fitted) / probe.attentive_batch), 0
     for _ in range(probe.attentive_epochs):
