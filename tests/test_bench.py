@@ -80,7 +80,7 @@ def test_step_measures_rows_their_parts_and_records_them(bench, tmp_path, capsys
     settings = ["parallel.backend=local", "model.embed_dim=32", "model.depth=2", "model.num_heads=2",
                 "model.projector_dim=48", "model.decoder_dim=32", "model.decoder_num_heads=2"]  # fmt: skip
     options = (
-        "--batch 8 --rounds 2 --steps 4 --vary precision.compute=fp32,bf16 --released --together --profile 3 --json"
+        "--batch 8 --rounds 5 --steps 4 --vary precision.compute=fp32,bf16 --released --together --profile 3 --json"
     )
     command = ["step", "configs/quickstart.yaml", *settings, *options.split()]
     monkeypatch.chdir(Path(__file__).parent.parent)
