@@ -17,6 +17,7 @@ Measured facts this file stands on (DeepSpeed 0.19):
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -85,6 +86,7 @@ class DeepSpeedBackend:
         dist.set_timeout([self.engine.data_parallel_group], self.config.parallel.timeout_minutes)
         if self.cut:
             self._share_masters()
+            self._hide_hooks_from_compiler()
         self._create_moments()
         self.target_weights, self.online_weights = self._pairs()
 
@@ -108,6 +110,17 @@ class DeepSpeedBackend:
         ):
             if weights is not None and (master.device, master.dtype) == (weights.device, weights.dtype):
                 master.data = weights.data
+
+    def _hide_hooks_from_compiler(self) -> None:
+        """Let `torch.compile` break at ZeRO-3's gathering and releasing rather than look into it.
+
+        DeepSpeed hides its hook before a layer but not the one after it. While backward computes a block anew, that one
+        meets released weights whose gradients are still whole, which the compiler's copy of a tensor cannot be.
+        """
+        offload = self.engine.optimizer.parameter_offload
+        for when, way in itertools.product(("pre", "post"), ("forward", "backward")):
+            name = f"{when}_sub_module_{way}_function"
+            setattr(offload, name, torch.compiler.disable(getattr(offload, name)))
 
     def _create_moments(self) -> None:
         """Give AdamW its state now, at zero, rather than in its first step, so that a state can be put in and out."""
