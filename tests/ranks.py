@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmim import dist
@@ -316,6 +317,55 @@ def communication(settings: list[str], topology: dist.Topology) -> dict[str, Any
     return dict(ema=dict(of_ema.bytes), step=dict(of_step.bytes), dtypes=dict(of_step.dtypes))
 
 
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "is_nonzero")
+SIZED_BY_VALUES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "repeat_interleave.Tensor")
+
+
+class Calls(TorchFunctionMode):
+    """Notes every method by which Python would read a tensor's values, which on a GPU waits for all that is queued."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in READS:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Notes every operator that reads values, whoever calls it: of its result the host must know number or size."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(str(func).removeprefix("aten.").startswith(name) for name in SIZED_BY_VALUES):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def waits(settings: list[str], topology: dist.Topology, read_loss: bool = False) -> dict[str, Any]:
+    """Take four steps, and name what reads a tensor's values in the last: all of the step, and the norms of parts."""
+    driver, found = Driver(settings, topology), []
+    for step in range(3):
+        driver.step(step)
+    micros = list(driver.micro_batches(3))
+    with Calls(found), Operators(found):
+        driver.backend.begin_step(driver.schedules.at(3))
+        for number, inputs in enumerate(micros):
+            out = driver.backend.forward_backward(*inputs, last_micro=number == len(micros) - 1)
+        watched = StepNorms(driver.backend.gradients(), driver.backend.pieces(), topology.world_size)
+        norm = driver.backend.finish_step()
+        watched.squares()
+        if read_loss:
+            out.loss.item()
+    driver.backend.close()
+    return dict(found=found, norm=float(norm))
+
+
 def build(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
     """Build a model of real size and tell by how much this process's memory rose, at the end and at its peak."""
     config = load_config(REPOSITORY / "configs" / "vit_huge_imagenet1k.yaml", settings)
@@ -372,7 +422,9 @@ def evaluations(settings: list[str], topology: dist.Topology) -> dict[str, Any]:
     return found
 
 
-JOBS = {job.__name__: job for job in (train, finetune, freshness, not_a_number, communication, build, evaluations)}
+JOBS = {
+    job.__name__: job for job in (train, finetune, freshness, not_a_number, communication, waits, build, evaluations)
+}
 
 
 def main(jobs: Path, folder: Path) -> None:

@@ -203,6 +203,17 @@ def test_what_the_paper_compares_with_works_on_every_backend(outcomes, reference
         assert ours["norms"] == pytest.approx(expected["norms"], rel=1e-4), name
 
 
+@pytest.mark.parametrize("clip", [(), ("optim.clip_norm=0.1",)])
+def test_no_step_reads_a_value(outcomes, clip):
+    """What the host reads it must wait for. DeepSpeed's ZeRO-3 looks at its norm in every step."""
+    backends = {name: chosen for name, chosen in {"local": LOCAL, **ZERO, **FSDP}.items() if name != "ZeRO-3"}
+    for name, ours in outcomes(1, "waits", clip, backends).items():
+        assert ours["found"] == [] and ours["norm"] > 0, name
+    if not clip:
+        (read,) = outcomes(1, "waits", clip, {"local": LOCAL}, read_loss=True).values()
+        assert read["found"] == ["item", "aten._local_scalar_dense.default"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("clip", [[], ["optim.clip_norm=0.1"]])
 def test_a_gradient_that_is_not_finite_is_left_out_on_all_ranks(outcomes, clip):

@@ -44,7 +44,7 @@ from lmim.optim import (
 )
 from lmim.options import Config
 from lmim.parallel import Trainable, attention_kernel, lend, lend_whole, prepare_blocks
-from lmim.parallel.engine import engine_config
+from lmim.parallel.engine import ZERO, engine_config
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
 
@@ -161,13 +161,27 @@ class DeepSpeedBackend:
         return out
 
     def finish_step(self) -> Tensor:
-        norm = None
-        if not self.zero:  # averaged gradients are on the parameters only until the engine's step
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            leave_out_unless_finite(self.adamw, norm)  # ZeRO optimizers see to that themselves
+        if self.engine_config[ZERO].get("compute_grad_norm", self.zero):  # DeepSpeed leaves out and clips
+            self.engine.step()
+            return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.topology.device)
+        norm = self._averaged_norm()
+        leave_out_unless_finite(self.adamw, norm)
         self.engine.step()
-        if norm is None:
-            norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.topology.device)
+        return norm
+
+    def _averaged_norm(self) -> Tensor:
+        """Return the averaged gradient's norm, and clip ZeRO-1's and 2's, without waiting for the device.
+
+        Averaged gradients are on the parameters, or in parts with the optimizer, only until the engine's step.
+        """
+        if not self.zero:  # the engine clips
+            return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        held = [gradient for group in self.engine.optimizer.averaged_gradients.values() for gradient in group]
+        squares = torch.nn.utils.get_total_norm(held).square()
+        torch.distributed.all_reduce(squares, group=self.engine.data_parallel_group)
+        norm = squares.sqrt()
+        if limit := self.config.optim.clip_norm:
+            torch._foreach_mul_(held, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def gradients(self) -> list[Piece]:

@@ -70,12 +70,20 @@ def engine_config(config: Config, split: Split) -> dict[str, Any]:
     }
     if precision.reduce == "bf16" and parallel.zero_stage == 0:
         fixed["communication_data_type"] = "bf16"  # ZeRO-0 reduces as this says and not as autocast does
-    if not parallel.deepspeed_config:
-        return _over(below, fixed)
-    theirs = _without_auto(_read(Path(parallel.deepspeed_config)))
-    _refuse_contradictions(theirs, config, split)
-    theirs.pop("train_batch_size", None)
+    theirs: dict[str, Any] = {}
+    if parallel.deepspeed_config:
+        theirs = _without_auto(_read(Path(parallel.deepspeed_config)))
+        _refuse_contradictions(theirs, config, split)
+        theirs.pop("train_batch_size", None)
+    if parallel.zero_stage in (1, 2) and not _offloads(theirs):
+        # DeepSpeed's own norm of a cut gradient waits for the device in every step: the backend takes it, and clips
+        zero["compute_grad_norm"], fixed["gradient_clipping"] = False, 0.0
     return _over(_over(below, theirs), fixed)
+
+
+def _offloads(options: dict[str, Any]) -> bool:
+    """Return whether the engine keeps the optimizer's state on the host."""
+    return (options.get(ZERO, {}).get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def _read(path: Path) -> dict[str, Any]:
