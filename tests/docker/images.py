@@ -75,6 +75,7 @@ class Images:
         shutil.rmtree(root / "var/cache/apt/archives")
         container = self.buildah("from", "scratch").strip()
         self.buildah("add", "--quiet", container, root, "/")
+        self.buildah("config", "--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", container)
         self.buildah("commit", "--quiet", "--rm", container, BASE)
         shutil.rmtree(root)
         self.seconds["base"] = time.monotonic() - started
