@@ -11,9 +11,10 @@
     lmim export SOURCE [DESTINATION --format F]      weights of any format as another's; alone: what SOURCE holds
     lmim report RUN_FOLDER [OTHER ...]               one page of a run, RUN_FOLDER/report.html; of several, compared
     lmim plan CONFIG --nodes N --gpus-per-node K     memory, speed and duration on GPUs, for every way of sharding
+    lmim doctor CONFIG [section.key=value ...]       is all well for this run? alone or under its launcher, before it
 
 CONFIG is a YAML file or a run folder. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 75
-stopped by a signal after a checkpoint, 1 anything else.
+stopped by a signal after a checkpoint, 1 anything else, such as a doctor's row that fails.
 """
 
 from __future__ import annotations
@@ -96,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
                          help="of an epoch where data.train has no index here (default: ImageNet-1K)")  # fmt: skip
     command.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     command.set_defaults(run=_plan)
+
+    command = commands.add_parser("doctor", help="look at all that a run needs, on all its ranks, before it starts")
+    _add_config(command)
+    command.set_defaults(run=_doctor)
 
     command = commands.add_parser("export", help="convert weights, or tell what a file or folder holds")
     command.add_argument("source", type=Path, help="run folder, checkpoint, .pth, .safetensors, or a folder of "
@@ -255,6 +260,12 @@ def _plan(parsed: argparse.Namespace) -> int:
     else:
         print_plan(told)
     return 0
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from lmim.doctor.visit import doctor
+
+    return doctor(load_config(parsed.config, parsed.overrides))
 
 
 def _epoch_images(train: str | list[str], otherwise: int) -> tuple[int, str]:

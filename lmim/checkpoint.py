@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from lmim import dist, store
-from lmim.config import Config, ConfigError, config_from_dict, config_hash
+from lmim.config import ConfigError, config_from_dict, config_hash
 from lmim.optim import MOMENTS
+from lmim.options import Config
 from lmim.store import CheckpointException, FileRecord, Piece
 
 logger = logging.getLogger(__name__)

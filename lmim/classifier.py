@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmim.config import FinetuneConfig, ModelConfig, model_dimensions
+from lmim.config import model_dimensions
 from lmim.optim import layer_decay_groups
+from lmim.options import FinetuneConfig, ModelConfig
 from lmim.patches import normalize_images, tile_patches
 from lmim.randomness import fold, purpose
 from lmim.vit import VisionTransformer, initial_values

@@ -6,10 +6,12 @@ invariant: whatever one rank decides that others must follow goes through a coll
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -114,10 +116,32 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def init(topology: Topology, timeout_minutes: float, stacks: Path | None = None) -> None:
+def meet(topology: Topology, timeout: timedelta, *, join: bool = False) -> torch.distributed.Store:
+    """Return the store through which all ranks find each other; with `join`, one that others have opened already."""
+    # nobody to meet: a port, however free it looked, may be taken by the time it is opened
+    if topology.world_size == 1:
+        return torch.distributed.HashStore()
+    if topology.launcher == "slurm":
+        for name, value in _slurm_meeting_point().items():
+            os.environ.setdefault(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(
+                f"{name} is not set: the first host's address and a free port there must reach every rank"
+            )
+    if join:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return torch.distributed.TCPStore(host, port, topology.world_size, is_master=False, timeout=timeout)
+    store, *_ = next(rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
+    return store
+
+
+def init(topology: Topology, timeout_minutes: float, stacks: Path | None = None,
+         store: torch.distributed.Store | None = None) -> None:  # fmt: skip
     """Start the process group (NCCL and gloo on GPUs, gloo on CPUs) and give each rank its share of cores.
 
-    If a rank is lost or stuck, the others leave in the folder `stacks` what their threads were at.
+    If a rank is lost or stuck, the others leave in the folder `stacks` what their threads were at. Ranks meet at
+    `store` where they have one already.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(available_cores() // topology.local_world_size, 1))
@@ -128,20 +152,8 @@ def init(topology: Topology, timeout_minutes: float, stacks: Path | None = None)
                     LOCAL_WORLD_SIZE=topology.local_world_size)  # fmt: skip
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
-    alone = topology.world_size == 1
-    if topology.launcher == "slurm":
-        for name, value in _slurm_meeting_point().items():
-            os.environ.setdefault(name, value)
-    for name in () if alone else ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise ConfigError(
-                f"{name} is not set: the first host's address and a free port there must reach every rank"
-            )
     timeout = timedelta(minutes=timeout_minutes)
-    if alone:  # nobody to meet: a port, however free it looked, may be taken by the time it is opened
-        store = torch.distributed.HashStore()
-    else:
-        store, *_ = next(rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
+    store = store or meet(topology, timeout)
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if topology.device.type == "cuda" else "gloo",
         store=torch.distributed.PrefixStore("lmim", store),
@@ -149,7 +161,7 @@ def init(topology: Topology, timeout_minutes: float, stacks: Path | None = None)
         rank=topology.rank,
         world_size=topology.world_size,
     )
-    if not alone:
+    if topology.world_size > 1:
         global _heartbeat
         signs = torch.distributed.PrefixStore("heartbeat", store.clone())
         limit_s = min(30 * timeout_minutes, MOST_SILENCE_S)  # before those who wait for it are taken for stuck
@@ -217,10 +229,10 @@ def barrier() -> None:
         torch.distributed.all_reduce(torch.zeros(1))
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum of a tensor over all ranks."""
+def sum_over_ranks(values: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
+    """Return the sum of a tensor over all ranks, or over those of a group."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(values)
+        torch.distributed.all_reduce(values, group=group)
     return values
 
 
@@ -250,3 +262,75 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     torch.distributed.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def groups_of_hosts(hosts: list[str]) -> dict[str, tuple[int, torch.distributed.ProcessGroup]]:
+    """Return {name: (ranks, group)} of this rank's groups "within" its host and "between" hosts; a collective.
+
+    `hosts` are the ranks' hosts. Between hosts stand the first ranks of each. Groups of one rank are left out.
+    """
+    own, found = torch.distributed.get_rank(), {}
+    by_host: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        by_host.setdefault(host, []).append(rank)
+    groups = [("within", ranks) for ranks in by_host.values()] if len(by_host) > 1 else []
+    for name, ranks in [*groups, ("between", [ranks[0] for ranks in by_host.values()])]:
+        if len(ranks) > 1:
+            group = torch.distributed.new_group(ranks)  # by all ranks, also those that are not in it
+            if own in ranks:
+                found[name] = (len(ranks), group)
+    return found
+
+
+class RankLost(Exception):
+    """The first rank is gone, or was never there."""
+
+
+class Board:
+    """What ranks leave for each other, with time limits, where a collective would wait for ever for who is gone.
+
+    `share` returns the same on all ranks, as the first one collects it. A rank that was silent once is waited for no
+    more. Values are JSON.
+    """
+
+    def __init__(self, topology: Topology, store: torch.distributed.Store):
+        self.rank, self.ranks = topology.rank, range(topology.world_size)
+        self.store = torch.distributed.PrefixStore("board", store)
+        self.lost: set[int] = set()
+
+    def share(self, name: str, value: Any, limit_s: float) -> list[Any]:
+        """Return every rank's value, in rank order, None for a rank that is silent for so long."""
+        try:
+            self.store.set(f"{name}/{self.rank}", json.dumps(value))
+            if self.rank == 0:
+                self.store.set(f"{name}/all", json.dumps(self._collect(name, limit_s)))
+            self.store.wait([f"{name}/all"], timedelta(seconds=2 * limit_s + 10))
+            values = json.loads(self.store.get(f"{name}/all"))
+        except RuntimeError as error:
+            raise RankLost(f"rank 0 is gone, or gave no word for {2 * limit_s + 10:g} s ({name})") from error
+        self.lost = {rank for rank in self.ranks if values[rank] is None}
+        return values
+
+    def _collect(self, name: str, limit_s: float) -> list[Any]:
+        keys = {rank: f"{name}/{rank}" for rank in self.ranks}
+        deadline = time.monotonic() + limit_s
+        awaited = [key for rank, key in keys.items() if rank not in self.lost]
+        while not self.store.check(awaited) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys.values()]
+
+    def mark(self, name: str) -> None:
+        """Leave a mark that any rank may look for."""
+        self.store.set(f"mark/{name}", "")
+
+    def marked(self, name: str) -> bool:
+        """Tell whether any rank has left that mark."""
+        return self.store.check([f"mark/{name}"])
+
+    def close(self, limit_s: float = 5.0) -> None:
+        """Let the others go first: the first rank may hold the store."""
+        self.store.set(f"end/{self.rank}", "")
+        deadline = time.monotonic() + limit_s
+        others = [f"end/{rank}" for rank in self.ranks if rank not in self.lost]
+        while self.rank == 0 and not self.store.check(others) and time.monotonic() < deadline:
+            time.sleep(0.02)

@@ -29,8 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lmim import convert, pickles, store
-from lmim.config import VARIANTS, ConfigError
+from lmim.config import ConfigError
 from lmim.formats import SIZES_FILE, SIZES_KEY, Weights, build_encoder, heads_of, read_weights
+from lmim.options import VARIANTS
 from lmim.patches import IMAGENET_MEAN, IMAGENET_STD
 from lmim.vit import NORM_EPS, VisionTransformer
 

@@ -7,14 +7,17 @@ latencies, the loader and the optimizer's own time are left out.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lmim.config import Config, ConfigError, ParallelConfig, Split, duration_steps, validate
+from lmim.config import ConfigError, Split, duration_steps, validate
+from lmim.options import Config, ParallelConfig
 from lmim.profiling import (
     Collective,
     activation_bytes,
@@ -22,6 +25,7 @@ from lmim.profiling import (
     collectives,
     count_parameters,
     flops_per_image,
+    matrix_peak,
     state_bytes,
 )
 
@@ -45,6 +49,22 @@ class Gpu(NamedTuple):
 
 # NVIDIA's data sheets of H100 SXM5, H200 SXM and A100 SXM 80 GB; the peaks without sparsity (H100's 1,979 is with it)
 GPUS = {"h100": Gpu(989, 67, 80, 450), "h200": Gpu(989, 67, 141, 450), "a100": Gpu(312, 19.5, 80, 300)}
+
+
+def known_gpu(name: str) -> str | None:
+    """Return the key in `GPUS` of a GPU by the name its driver gives; None for others, slower boards and MIG slices."""
+    words = re.findall("[a-z0-9]+", name.lower())
+    return None if {"pcie", "nvl", "mig"} & set(words) else next((word for word in words if word in GPUS), None)
+
+
+def device_peak(device: torch.device, compute: str) -> tuple[float, str]:
+    """Return the FLOP/s that MFU is a share of, and whence: a known GPU's dense peak, else what products reach here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    gpu = known_gpu(name) if device.type == "cuda" else None
+    if gpu is not None:
+        return 1e12 * GPUS[gpu].tflops(compute), f"the dense {compute} peak of {name}"
+    dtype = torch.bfloat16 if compute == "bf16" else torch.float32
+    return matrix_peak(device, dtype), f"measured, as {compute} products on {name} ({torch.get_num_threads()} threads)"
 
 
 class Cluster(NamedTuple):

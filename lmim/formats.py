@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from lmim import checkpoint, convert, pickles, store
-from lmim.config import VARIANTS, ConfigError, model_dimensions
+from lmim.config import ConfigError, model_dimensions
+from lmim.options import VARIANTS
 from lmim.vit import NORM_EPS, Decoder, VisionTransformer, resized_positions
 
 PARTS = ("online", "target", "decoder")  # of LatentMIM; a fine-tuned classifier has the first, and a head
@@ -120,7 +121,7 @@ def build_decoder(weights: Weights, *, grid: int | None = None) -> Decoder:
             state["pos_embed"] = resized_positions(state["pos_embed"], trained, (side, side))
         with torch.device("meta"):
             decoder = Decoder(grid_size=side, encoder_dim=encoder_dim, embed_dim=dim, depth=depth,
-                                   mlp_ratio=_ratio(hidden, dim), attention=attention, **said)  # fmt: skip
+                              mlp_ratio=_ratio(hidden, dim), attention=attention, **said)  # fmt: skip
         decoder.load_state_dict(state, assign=True)
     except (KeyError, ValueError, RuntimeError) as error:
         words = " ".join(str(error).split())

@@ -11,11 +11,13 @@ from collections import deque
 from statistics import median
 from typing import Any, NamedTuple
 
-from lmim.config import HealthConfig, ObjectiveConfig
 from lmim.objective import chance_level
+from lmim.options import HealthConfig, ObjectiveConfig
 
 SPIKE_OVER = 200  # steps that a leap is measured against
 SPIKE_SPREADS = 10.0  # times their spread (median distance from the median)
+UNEVEN = 0.1  # of a step, by which one rank's own work may exceed the others' median
+UNEVEN_FLUSHES = 3  # in a row, in which the same rank does
 ALIKE = 0.98  # mean cosine: hardly anything is left to tell tokens apart
 NEAR_CHANCE = 0.01  # of the chance level
 
@@ -91,3 +93,23 @@ class Health:
                 words = f"{words} since step {began}: collapse"
                 alarms.append(Alarm("health.on_collapse", words))
         return alarms
+
+
+class Stragglers:
+    """Names a rank whose own work, data and forward, takes longer than the others' in several flushes in a row.
+
+    It judges once a flush and is told once, until the rank was even with the others in between.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.flushes = -1, 0
+
+    def judge(self, row: dict[str, Any]) -> str | None:
+        """Return what is wrong, by the newest row of a flush."""
+        rank = row["slowest_rank"] if row["rank_spread"] > UNEVEN else -1
+        self.flushes = self.flushes + 1 if rank == self.rank >= 0 else int(rank >= 0)
+        self.rank = rank
+        if self.flushes != UNEVEN_FLUSHES:
+            return None
+        return (f"rank {rank} holds the others up at step {row['step']}: its own work takes longer than theirs by "
+                f"{row['rank_spread']:.0%} of a step")  # fmt: skip

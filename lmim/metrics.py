@@ -1,7 +1,8 @@
 """What a run tells: values gathered on the device, and where they go.
 
-Owns the accumulators and the sinks (`log.jsonl`, `train.log` and the terminal, wandb). The invariants: between two
-flushes nothing is copied from the device; `log.jsonl` holds exactly one object per optimizer step, also after a resume.
+Owns the accumulators and the sinks (`log.jsonl`, `train.log` and the terminal, TensorBoard, wandb). The invariants:
+between two flushes nothing is copied from the device, and a flush is one reduction over ranks; `log.jsonl` holds
+exactly one object per optimizer step, also after a resume.
 """
 
 from __future__ import annotations
@@ -17,30 +18,84 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
-from lmim.config import Config
-from lmim.dist import Topology, mean_over_ranks
+from lmim.config import ConfigError
+from lmim.dist import Topology, sum_over_ranks
+from lmim.norms import norms
+from lmim.options import Config
 
 logger = logging.getLogger(__name__)
 LOG_FILE, EVAL_FILE, TEXT_FILE, UNREADABLE_FOLDER = "log.jsonl", "eval.jsonl", "train.log", "unreadable"
 RUN_ENDS = "the run ends here: "  # how the text log's last line begins where an error ended the run
 NAMED_IN_LOG = 10  # images that a rank could not read
+RANKED_IMAGES = 256  # of a micro-batch, that an effective rank is of: more would take longer than a step
+
+
+def effective_rank(features_BF: Tensor) -> float:
+    """Return the exponential of the entropy of the singular values' shares (RankMe, arXiv:2210.02885): 1 … min(B, F).
+
+    1 where all images have the same features, up to a factor. It waits for the device.
+    """
+    gram_BB = (features_BF @ features_BF.T).double().cpu()
+    if not gram_BB.isfinite().all():
+        return math.nan
+    shares = torch.linalg.eigvalsh(gram_BB).clamp(min=0).sqrt()
+    shares = shares / shares.sum()
+    return torch.special.entr(shares).sum().exp().item()
+
+
+class ForwardClock:
+    """Times a model's forward passes, on a GPU by its own clock, without waiting for it."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.on_gpu, self._marks = device.type == "cuda", []
+        model.register_forward_pre_hook(lambda *_: self._mark())
+        model.register_forward_hook(lambda *_: self._mark())
+
+    def _mark(self) -> None:
+        if self.on_gpu:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(time.perf_counter())
+
+    def take_s(self) -> float:
+        """Return how long all passes since the last call took; it waits for the last of them."""
+        marks, self._marks = self._marks, []
+        pairs = list(zip(marks[::2], marks[1::2], strict=True))
+        if self.on_gpu and pairs:
+            pairs[-1][1].synchronize()
+            return sum(began.elapsed_time(ended) for began, ended in pairs) / 1000
+        return sum(ended - began for began, ended in pairs)
+
+
+class Cost(NamedTuple):
+    """What an image's step costs, and what one rank's device could do."""
+
+    flops_per_image: float
+    peak_flops: float  # FLOP/s
 
 
 class Meters:
-    """Collects the steps since the last flush; `flush` averages them over ranks and returns one row per step."""
+    """Collects the steps since the last flush; `flush` averages them over ranks and returns one row per step.
 
-    def __init__(self, topology: Topology, global_batch: int):
-        self.topology, self.global_batch = topology, global_batch
+    `forward` times what a rank computes by itself; None where weights are cut, since a forward then waits for others.
+    """
+
+    def __init__(self, topology: Topology, global_batch: int, cost: Cost, forward: ForwardClock | None = None):
+        self.topology, self.global_batch, self.cost, self.forward = topology, global_batch, cost, forward
         self._steps: list[tuple[int, float, dict[str, float]]] = []
         self._names: tuple[str, ...] = ()
         self._values: list[Tensor] = []
+        self._squares: dict[str, Tensor] = {}
+        self._pooled_BF: Tensor | None = None
         self._waited_s = 0.0
         self._skipped_here = 0
         self._since = time.perf_counter()
@@ -53,34 +108,72 @@ class Meters:
         """Count time spent waiting for data."""
         self._waited_s += seconds
 
-    def add(self, step: int, epoch: float, micros: list[Any], scheduled: dict[str, float], grad_norm: Tensor) -> None:
-        """Keep one step's values on the device: the means of its micro-batches' outputs, and its gradient norm."""
-        self._names = (*micros[0]._fields, "grad_norm")
-        means = torch.stack([torch.stack(out).float() for out in micros]).mean(dim=0).detach()
+    def add(self, step: int, epoch: float, micros: list[Any], scheduled: dict[str, float], grad_norm: Tensor,
+            squares: dict[str, Tensor] | None = None) -> None:  # fmt: skip
+        """Keep one step's values on the device: the means of its micro-batches' outputs, and its gradient norm.
+
+        `squares` are those of `StepNorms`, of the last step before a flush.
+        """
+        scalars = [{name: value for name, value in out._asdict().items() if value.ndim == 0} for out in micros]
+        self._names = (*scalars[0], "grad_norm")
+        means = torch.stack([torch.stack(list(of.values())).float() for of in scalars]).mean(dim=0).detach()
         self._values.append(torch.cat([means, grad_norm.detach().float().reshape(1)]))
         self._steps.append((step, epoch, scheduled))
+        self._squares, self._pooled_BF = squares or {}, getattr(micros[-1], "pooled_targets_BF", None)
 
     def flush(self) -> list[dict[str, Any]]:
-        """Return the rows of all steps since the last flush; images/s and waiting are those steps' averages."""
+        """Return the rows of all steps since the last flush; images/s, waiting and spread are those steps' averages.
+
+        The last one also has what takes long: the norms of each part and the effective rank.
+        """
         if not self._steps:
             return []
-        skipped = torch.full((len(self._values), 1), float(self._skipped_here), device=self.topology.device)
-        values = mean_over_ranks(torch.cat([torch.stack(self._values), skipped], dim=1)).tolist()
+        forward_s = self.forward.take_s() if self.forward else 0.0
+        ours = [self._waited_s, self._waited_s + forward_s, self._memory_gib(), float(self._skipped_here)]
+        once = {} if self._pooled_BF is None else dict(effective_rank=effective_rank(self._pooled_BF[:RANKED_IMAGES]))
+        values, squares, told, of_ranks = self._reduced(list(once.values()), ours)
         elapsed_s = time.perf_counter() - self._since
+        waited, worked, memory, skipped = of_ranks
+        slowest, excess_s = _slowest(worked)
+        rate = len(self._steps) * self.global_batch / elapsed_s
         shared = dict(
-            images_per_second=round(len(self._steps) * self.global_batch / elapsed_s, 1),
-            data_wait=round(self._waited_s / elapsed_s, 4),
-            memory_gib=round(self._memory_gib(), 3),
-            skipped_images=round(values[0][-1] * self.topology.world_size),
+            images_per_second=round(rate, 1),
+            images_per_second_per_rank=round(rate / self.topology.world_size, 1),
+            gflop_per_image=float(f"{self.cost.flops_per_image / 1e9:.5g}"),
+            mfu=round(rate / self.topology.world_size * self.cost.flops_per_image / self.cost.peak_flops, 5),
+            data_wait=round(max(waited) / elapsed_s, 4),
+            rank_spread=round(excess_s / elapsed_s, 4),
+            slowest_rank=slowest,
+            memory_gib=round(max(memory), 3),
+            skipped_images=round(sum(skipped)),
         )
         rows = [
-            dict(step=step, epoch=round(epoch, 4), **dict(zip(self._names, row[:-1], strict=True)), **scheduled,
-                 **shared)
+            dict(step=step, epoch=round(epoch, 4), **dict(zip(self._names, row, strict=True)), **scheduled, **shared)
             for (step, epoch, scheduled), row in zip(self._steps, values, strict=True)
-        ]  # fmt: skip
+        ]
+        rows[-1] |= dict(zip(once, told, strict=True)) | norms(dict(zip(self._squares, squares, strict=True)))
         self._steps, self._values, self._waited_s = [], [], 0.0
         self._since = time.perf_counter()
         return rows
+
+    def _reduced(
+        self, once: list[float], ours: list[float]
+    ) -> tuple[list[list[float]], list[float], list[float], list[list[float]]]:
+        """Return means over ranks of the steps' values, the squares and `once`; and each of `ours` of every rank.
+
+        One reduction does it all: what is one rank's own has its place among zeros.
+        """
+        world, device = self.topology.world_size, self.topology.device
+        places = torch.zeros(world, len(ours))
+        places[self.topology.rank] = torch.tensor(ours)
+        squares = [square.to(device).reshape(1) for square in self._squares.values()]
+        parts = [torch.stack(self._values).flatten(), torch.cat(squares or [torch.zeros(0)]), torch.tensor(once),
+                 places.flatten()]  # fmt: skip
+        total = sum_over_ranks(torch.cat([part.to(device) for part in parts]))
+        *means, of_ranks = total.split([part.numel() for part in parts])
+        values, squares, once = (mean / world for mean in means)
+        rows, of_ranks = values.view(len(self._values), -1), of_ranks.view(world, -1).T
+        return rows.tolist(), squares.tolist(), once.tolist(), of_ranks.tolist()
 
     def restart_clock(self) -> None:
         """Leave out what happened since the last flush (an evaluation, a checkpoint) from the next images/s."""
@@ -92,6 +185,13 @@ class Meters:
         if self.topology.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _slowest(seconds: list[float]) -> tuple[int, float]:
+    """Return the rank that takes longest, and by how much longer than the median of the others."""
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    others = seconds[:slowest] + seconds[slowest + 1 :]
+    return slowest, seconds[slowest] - median(others) if others else 0.0
 
 
 def numbers_again(row: dict[str, Any]) -> dict[str, Any]:
@@ -190,10 +290,11 @@ class ProgressLine:
         done = row["step"] + 1
         words = f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  {told}  {row['images_per_second']:.0f} images/s"
         if self._bar:
-            short = f"loss {row['loss']:.3f} {row['images_per_second']:.0f} images/s"  # fits 80 columns
+            short = f"loss {row['loss']:.3f} {row['images_per_second']:.0f} images/s MFU {row['mfu']:.0%}"  # 80 columns
             self._bar.update(self._task, completed=done, description=short)
         left_s = (time.perf_counter() - self._began) / max(done - self._start, 1) * (self.total_steps - done)
-        text = f"step {done}/{self.total_steps}  {words}  waiting {row['data_wait']:.0%}  left {clock(left_s)}"
+        words += f"  MFU {row['mfu']:.1%}  waiting {row['data_wait']:.0%}  left {clock(left_s)}"
+        text = f"step {done}/{self.total_steps}  {words}"
         logger.info(text, extra={"progress": True})
 
     def close(self) -> None:
@@ -233,6 +334,26 @@ def set_up_logging(run_folder: Path | None, is_main: bool) -> None:
         root.addHandler(file)
 
 
+class TensorBoard:
+    """TensorBoard's files in a run folder; a resumed run goes on in them, without what it had logged beyond."""
+
+    def __init__(self, run_folder: Path, start_step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(f"log.tensorboard (true) needs a package ({error}): pip install 'lmim[tensorboard]', or "
+                              "set it to false") from error  # fmt: skip
+        self._writer = SummaryWriter(str(run_folder / "tensorboard"), purge_step=start_step or None)
+
+    def write(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class Wandb:
     """The wandb run of a run folder; a resumed run goes on in it."""
 
@@ -242,8 +363,14 @@ class Wandb:
         marker = run_folder / "wandb_id.txt"
         run_id = marker.read_text().strip() if marker.is_file() else secrets.token_hex(4)
         marker.write_text(run_id + "\n")
-        self._run = wandb.init(project=config.log.wandb_project, name=config.run.name or run_folder.name, id=run_id,
-                               resume="allow", mode=config.log.wandb, dir=str(run_folder), config=resolved)  # fmt: skip
+        try:
+            self._run = wandb.init(
+                project=config.log.wandb_project, name=config.run.name or run_folder.name, id=run_id, resume="allow",
+                mode=config.log.wandb, dir=str(run_folder), config=resolved,
+            )  # fmt: skip
+        except wandb.errors.Error as error:
+            raise ConfigError(f"log.wandb ({config.log.wandb}): {' '.join(str(error).split())}: `wandb login` or "
+                              "WANDB_API_KEY, or log.wandb=offline and `wandb sync` later") from error  # fmt: skip
 
     def write(self, row: dict[str, Any]) -> None:
         self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])

@@ -4,7 +4,8 @@ Owns `LatentMIM` (online encoder, target encoder, decoder), the losses and the s
 The invariants: the gradient reaches the online encoder and the decoder and never the moving average; `forward` holds no
 EMA, no schedule and no step counter; normalisations, logits and losses are computed in fp32 whatever the autocast.
 
-Letters: B images · V visible · M masked · T tokens · D encoder width; z targets, ẑ predictions, τ temperature.
+Letters: B images · V visible · M masked · T tokens · N cells · D encoder width · R = B·M; z targets, ẑ predictions, τ
+temperature.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmim.config import ModelConfig, ObjectiveConfig, model_dimensions
+from lmim.config import model_dimensions
 from lmim.optim import parameter_groups
+from lmim.options import ModelConfig, ObjectiveConfig
 from lmim.patches import Views, draw_views, gather_patches, imagenet, normalize_patches
 from lmim.vit import Decoder, VisionTransformer, initial_values
 
 
 class StepOutput(NamedTuple):
-    """Scalars of one micro-batch, all on its device; only `loss` carries a gradient."""
+    """What one micro-batch comes to, all on its device; only `loss` carries a gradient."""
 
     loss: Tensor
     similarity_predictions: Tensor
     similarity_visible: Tensor
     similarity_targets: Tensor
     similarity_positions: Tensor  # of targets of different images at the same position; 0 for one image
+    target_deviation: Tensor  # of such, over images: 1 spread evenly, 0 all alike, as in both kinds of collapse
+    pooled_targets_BF: Tensor  # of each image, no scalar: what the log's effective rank is of
 
 
 def infonce(predictions_BMD: Tensor, targets_BMD: Tensor, temperature: float) -> Tensor:
@@ -76,16 +80,37 @@ def mean_similarity(tokens_BTD: Tensor) -> Tensor:
     return sums_BD.square().sum(dim=-1).mean() / tokens_BTD.shape[1] ** 2
 
 
-def position_similarity(tokens_BMD: Tensor, cells_BM: Tensor, num_cells: int) -> Tensor:
-    """Return the mean cosine of tokens of different images at the same cell, over all such pairs; 0 if there are none.
+class AcrossImages(NamedTuple):
+    """How far tokens at one cell differ from image to image."""
 
-    Near 1, a token tells where it is and nothing of its image. Σ_{a≠b} cos(a, b) = ‖Σ_a unit_a‖² − n at each cell.
+    similarity: Tensor  # mean cosine of different images' tokens at a cell, over all such pairs; 0 if there are none
+    deviation: Tensor  # √D times the mean deviation of a channel: 1 spread evenly, 0 all alike
+    pooled_BF: Tensor  # an image's mean token without what its cells share; last what they share, as one number
+
+
+def across_images(tokens_BMD: Tensor, cells_BM: Tensor, num_cells: int) -> AcrossImages:
+    """Compare tokens, at length 1, with those of other images at the same cell (SimSiam, figure 2, cell by cell).
+
+    Positions are taken out since a position code would look like features that differ: pooled over other cells in each
+    image, it does differ. Σ_{a≠b} cos(a, b) = ‖Σ_a unit_a‖² − n at each cell.
     """
-    units_RD = F.normalize(tokens_BMD, dim=-1).flatten(0, 1)
-    sums_ND = units_RD.new_zeros(num_cells, units_RD.shape[1]).index_add_(0, cells_BM.flatten(), units_RD)
-    counts_N = units_RD.new_zeros(num_cells).index_add_(0, cells_BM.flatten(), torch.ones_like(units_RD[:, 0]))
+    B, M, D = tokens_BMD.shape
+    units_BMD, cells_R = F.normalize(tokens_BMD, dim=-1), cells_BM.flatten()
+    units_RD = units_BMD.flatten(0, 1)
+    empty_ND = units_RD.new_zeros(num_cells, D)
+    sums_ND = empty_ND.index_add(0, cells_R, units_RD)
+    counts_N = empty_ND[:, 0].index_add(0, cells_R, torch.ones_like(units_RD[:, 0]))
     pairs = (counts_N * (counts_N - 1)).sum()
-    return (sums_ND.square().sum() - counts_N.sum()) / pairs.clamp(min=1) * (pairs > 0)
+    similarity = (sums_ND.square().sum() - counts_N.sum()) / pairs.clamp(min=1) * (pairs > 0)
+    at_least_one_N = counts_N.clamp(min=1)[:, None]
+    means_ND = sums_ND / at_least_one_N
+    squares_ND = empty_ND.index_add(0, cells_R, units_RD.square()) / at_least_one_N
+    deviation_N = (squares_ND - means_ND.square()).clamp(min=0).sqrt().mean(dim=1) * D**0.5
+    share_N = counts_N / (B * M)
+    given_BN = units_RD.new_zeros(B, num_cells).scatter(1, cells_BM, 1 / M)
+    shared = (share_N * means_ND.square().sum(dim=1)).sum().sqrt()
+    pooled_BF = torch.cat([units_BMD.mean(dim=1) - given_BN @ means_ND, shared.expand(B, 1)], dim=1)
+    return AcrossImages(similarity, (share_N * deviation_N).sum(), pooled_BF)
 
 
 class LatentMIM(nn.Module):
@@ -217,7 +242,7 @@ class LatentMIM(nn.Module):
         masked_BM: Tensor,
         similarity_target: Tensor | float,
     ) -> StepOutput:
-        """Return loss and similarities of predictions, visible tokens and targets at masked cells, in fp32."""
+        """Return the loss, and what is watched of predictions, visible tokens and targets at masked cells, in fp32."""
         objective = self.objective
         with torch.autocast(predictions_BMD.device.type, enabled=False):
             predictions_BMD, visible_BVD, targets_BMD = (x.float() for x in (predictions_BMD, visible_BVD, targets_BMD))
@@ -227,6 +252,6 @@ class LatentMIM(nn.Module):
                 excess = (of_predictions - similarity_target).square() + (of_visible - similarity_target).square()
                 loss = loss + objective.similarity_weight * excess
             of_targets = mean_similarity(targets_BMD)
-            of_positions = position_similarity(targets_BMD, masked_BM, self.model.grid_size**2)
-        similarities = of_predictions, of_visible, of_targets, of_positions
-        return StepOutput(loss, *(similarity.detach() for similarity in similarities))
+            across = across_images(targets_BMD.detach(), masked_BM, self.model.grid_size**2)
+        watched = of_predictions, of_visible, of_targets, *across
+        return StepOutput(loss, *(value.detach() for value in watched))

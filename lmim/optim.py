@@ -12,7 +12,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from lmim.config import OptimConfig
+from lmim.options import OptimConfig
 
 NO_DECAY_WORDS = ("bias", "norm", "embed")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
@@ -19,9 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lmim.config import Config, ModelConfig, ObjectiveConfig, Split, crop_size, model_dimensions
+from lmim.config import Split, crop_size, model_dimensions
 from lmim.objective import LatentMIM
 from lmim.optim import parameter_groups
+from lmim.options import Config, ModelConfig, ObjectiveConfig
 
 FP32, BF16 = 4, 2  # bytes
 BUCKET, PREFETCH = 50_000_000, 50_000_000  # numbers that DeepSpeed reduces together, and that ZeRO-3 gathers ahead
@@ -194,6 +196,34 @@ def flops_per_image(config: Config) -> Flops:
     return Flops(target, online, decoder, loss, backward, blocks + s.decoder_depth * block)
 
 
+def classifier_flops(config: Config, classes: int) -> int:
+    """Count the FLOPs of one image in fine-tuning: every patch of the crop, no projector, a head on what is pooled.
+
+    The backward takes twice the forward, but for the patches, which need no gradient.
+    """
+    s = sizes(config)
+    embed, blocks, _ = _encoder_flops(s, config.model.grid_size**2)
+    return 3 * (embed + blocks + 2 * s.D * classes) - embed
+
+
+PEAK_SIDE = {"cuda": 8192, "cpu": 1024}  # of the square matrices whose product is the peak
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype, limit_s: float = 0.5) -> float:
+    """Return the best FLOP/s of large matrix products that run one after another for so long."""
+    side, at_once, best = PEAK_SIDE[device.type], 4 if device.type == "cuda" else 1, 0.0
+    generator = torch.Generator(device).manual_seed(0)  # the run's own numbers stay as they are
+    a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
+    begun = time.perf_counter()
+    while not best or time.perf_counter() - begun < limit_s:
+        began = time.perf_counter()
+        for _ in range(at_once):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+        best = max(best, at_once * 2 * side**3 / (time.perf_counter() - began))
+    return best
+
+
 # --- bytes kept ------------------------------------------------------------------------------------------------------
 
 
@@ -315,8 +345,8 @@ def activation_bytes(config: Config) -> ActivationBytes:
         blocks = FP32 * (tokens * s.D + s.decoder_depth * A * s.E)
     rest += a * T * s.D + FP32 * T * s.E + FP32 * s.M * s.V * config.model.visual_cues  # into the decoder
     rest += Q * (4 * s.E + norm + a * s.E)
-    if config.objective.loss == "infonce":  # targets with a gradient keep their norms' inputs too
-        rest += (6 if joint else 4) * FP32 * s.M * s.D + FP32 * s.M**2
+    if config.objective.loss == "infonce":  # the norm of targets with a gradient keeps its input too
+        rest += (5 if joint else 4) * FP32 * s.M * s.D + FP32 * s.M**2
     else:
         rest += 2 * FP32 * s.M * s.D
     crop = 3 * crop_size(config.model) ** 2

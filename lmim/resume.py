@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lmim import checkpoint, dist, formats, store
-from lmim.config import Config, ConfigError, Split, changed_options, load_config
+from lmim.config import ConfigError, Split, changed_options, load_config
 from lmim.objective import LatentMIM
+from lmim.options import Config
 from lmim.parallel import Backend, Trainable
 from lmim.vit import resized_positions
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from lmim.config import Config
 from lmim.data.loader import Batch
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
 from lmim.eval import in_loop
 from lmim.objective import LatentMIM
+from lmim.options import Config
 from lmim.parallel import Backend, Trainable
+from lmim.profiling import flops_per_image
 from lmim.resume import begin_with
 from lmim.schedules import Hyper
 
@@ -37,6 +38,9 @@ class Task(Protocol):
 
     def loading(self) -> dict[str, Any]:
         """Return what `train_batches` is to do beside making crops."""
+
+    def flops_per_image(self) -> int:
+        """Return the FLOPs of one image's forward and backward."""
 
     def inputs(self, batch: Batch, hyper: Hyper) -> tuple[Any, ...]:
         """Return what the model's forward takes."""
@@ -72,6 +76,9 @@ class Pretraining:
 
     def loading(self) -> dict[str, Any]:
         return {}
+
+    def flops_per_image(self) -> int:
+        return flops_per_image(self.config).total
 
     def inputs(self, batch: Batch, hyper: Hyper) -> tuple[Any, ...]:
         return batch.images, batch.keys, hyper.similarity_target

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -18,34 +19,31 @@ from pathlib import Path
 from typing import Any
 
 from lmim import checkpoint, dist
-from lmim.config import (
-    Config,
-    ConfigError,
-    crop_size,
-    duration_steps,
-    flatten,
-    load_config,
-    save_config,
-    validate,
-)
+from lmim.config import ConfigError, crop_size, duration_steps, flatten, load_config, save_config, validate
 from lmim.data.loader import Batch, DataError, open_data, open_stream, train_batches
 from lmim.data.storage import StorageError
 from lmim.eval.finetune import Finetuning
-from lmim.health import Health
+from lmim.forecast import device_peak
+from lmim.health import Health, Stragglers
 from lmim.metrics import (
     EVAL_FILE,
     LOG_FILE,
     RUN_ENDS,
+    Cost,
+    ForwardClock,
     JsonLines,
     Meters,
     ProgressLine,
+    TensorBoard,
     UnreadableLog,
     Wandb,
     numbers_again,
     read_rows,
     set_up_logging,
 )
-from lmim.parallel import Backend, build_backend
+from lmim.norms import StepNorms
+from lmim.options import Config
+from lmim.parallel import Backend, build_backend, weights_are_cut
 from lmim.resume import CONFIG_FILE, check_run_folder, lock_run_folder, resume, tell_changes
 from lmim.schedules import Schedules
 from lmim.stop import StopRequest
@@ -149,10 +147,14 @@ class Run:
         self.health = Health(self.config.health, self.config.objective, masked, self.plan.schedules.warmup_steps,
                              self.plan.steps(self.config.health.patience, "health.patience"))  # fmt: skip
         self.saver = checkpoint.Saver(self.folder, self.config, self.topology, self.plan.keep_every)
-        self.meters = Meters(self.topology, self.config.data.global_batch)
+        self.stragglers, self.hosts = Stragglers(), dist.gather_objects(socket.gethostname())
+        cost, told = self._cost()
+        clock = None if weights_are_cut(self.config) else ForwardClock(self.backend.model, self.topology.device)
+        self.meters = Meters(self.topology, self.config.data.global_batch, cost, clock)
         self.unreadable = UnreadableLog(self.folder, self.topology.rank)
         self.sinks: list[Any] = []
-        self.log = self.evals = self.progress = self.wandb = None
+        self.watchers: list[TensorBoard | Wandb] = []  # sinks of all that can be drawn
+        self.log = self.evals = self.progress = None
         if self.topology.is_main:
             try:
                 if start < self.plan.total_steps:
@@ -164,10 +166,21 @@ class Run:
                 raise ConfigError(f"run.folder ({self.folder}) cannot be written: {error.strerror}") from error
             self.progress = ProgressLine(self.plan.total_steps, start)
             self.sinks = [self.log, self.evals, self.progress]
+            if self.config.log.tensorboard:
+                self.watchers.append(TensorBoard(self.folder, start))
             if self.config.log.wandb != "off":
-                self.wandb = Wandb(self.config, asdict(self.config), self.folder)
-                self.sinks.append(self.wandb)
+                self.watchers.append(Wandb(self.config, asdict(self.config) | dict(device=told), self.folder))
+            self.sinks += self.watchers
         self._look_back()
+
+    def _cost(self) -> tuple[Cost, dict[str, Any]]:
+        """Return what MFU is made of, and the same in words; a collective."""
+        peak_flops, source = device_peak(self.topology.device, self.config.precision.compute)
+        peaks = dist.gather_objects(peak_flops)
+        cost = Cost(self.task.flops_per_image(), sum(peaks) / len(peaks))
+        logger.info("MFU: %.4g GFLOP per image, of %.4g TFLOP/s a rank (%s)", cost.flops_per_image / 1e9,
+                    cost.peak_flops / 1e12, source)  # fmt: skip
+        return cost, dict(cost._asdict(), peak_source=source, ranks=len(peaks))
 
     def _look_back(self) -> None:
         """Take up where the log ends: how many steps were left out in a row, and what the alarms have seen."""
@@ -181,15 +194,17 @@ class Run:
     def flush(self) -> None:
         rows = self.meters.flush()
         for row in rows if self.topology.is_main else ():
-            self.log.write(row)
-            if self.wandb:
-                self.wandb.write(row)
+            for sink in (self.log, *self.watchers):
+                sink.write(row)
         if rows and self.topology.is_main:
             self.progress.update(rows[-1], self.task.told(rows[-1]))
         for row in rows:
             self._check_finite(row)
             self._check_health(row)
         if rows:
+            slow = self.stragglers.judge(rows[-1])
+            if slow and self.topology.is_main:
+                logger.warning("%s (host %s)", slow, self.hosts[rows[-1]["slowest_rank"]])
             self._check_unreadable(rows[-1]["step"] + 1 - self.start, rows[-1]["skipped_images"])
 
     def _check_finite(self, row: dict[str, Any]) -> None:
@@ -243,9 +258,8 @@ class Run:
         if self.topology.is_main:
             logger.info("step %d  %s", done, ", ".join(f"{name} {100 * value:.1f} %" for name, value in found.items()))
             row = dict(step=done - 1, epoch=round(done / self.plan.steps_per_epoch, 4), **found)
-            self.evals.write(row)
-            if self.wandb and done:
-                self.wandb.write(row)
+            for sink in (self.evals, *(self.watchers if done else ())):
+                sink.write(row)
         return True
 
     def evaluated(self, done: int) -> bool:
@@ -342,10 +356,14 @@ def _steps(run: Run, backend: Backend, start: int, stop: StopRequest) -> int:
                 batch = next_batch(batches, run, step)
                 inputs = task.inputs(batch, hyper)
                 outputs.append(backend.forward_backward(*inputs, last_micro=micro == split.accumulate - 1))
-            scheduled = task.scheduled(hyper)
-            run.meters.add(step, (step + 1) / plan.steps_per_epoch, outputs, scheduled, backend.finish_step())
-
             done = step + 1
+            norms = None
+            if plan.due(done, plan.log_every):
+                norms = StepNorms(backend.gradients(), backend.pieces(), split.world_size)
+            grad_norm = backend.finish_step()
+            run.meters.add(step, done / plan.steps_per_epoch, outputs, task.scheduled(hyper), grad_norm,
+                           norms.squares() if norms else {})  # fmt: skip
+
             stopping = stop.agreed() and done < plan.total_steps
             pause = stopping or bool(plan.evaluations(done)) or plan.due(done, plan.checkpoint_every)
             if pause or plan.due(done, plan.log_every):

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmim import dist
-from lmim.config import Config, load_config, validate
+from lmim.config import load_config, validate
 from lmim.objective import LatentMIM
+from lmim.options import Config
 from lmim.parallel import Backend, build_backend
 from lmim.schedules import Hyper
 

@@ -24,13 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmim import dist
 from lmim.checkpoint import Position, Saver, load_optimizer, load_pieces, load_weights, newest, position_of
-from lmim.config import Config, crop_size, load_config, validate
+from lmim.config import crop_size, load_config, validate
 from lmim.data.loader import open_data, train_batches
 from lmim.eval import attentive, fewshot, knn, linear
 from lmim.eval.case import Case
 from lmim.eval.features import Reading, Subject, check_readings, eval_sizes
 from lmim.eval.finetune import Finetuning, finetune_config
+from lmim.norms import StepNorms, norms
 from lmim.objective import LatentMIM
+from lmim.options import Config
 from lmim.parallel import Backend, build_backend
 from lmim.patches import Views
 from lmim.schedules import Hyper, Schedules
@@ -108,7 +110,11 @@ class Driver:
         return dist.mean_over_ranks(loss).item()
 
     def step(self, step: int) -> tuple[float, float]:
-        return self.backward(step), float(self.backend.finish_step())
+        loss = self.backward(step)
+        watched = StepNorms(self.backend.gradients(), self.backend.pieces(), self.topology.world_size)
+        norm, squares = float(self.backend.finish_step()), watched.squares()
+        self.norms = norms({name: dist.mean_over_ranks(square.clone()).item() for name, square in squares.items()})
+        return loss, norm
 
     def save(self) -> Path:
         """Write a checkpoint into a folder that all ranks get to know."""
@@ -160,7 +166,7 @@ class Finetuner(Driver):
 def train(settings: list[str], topology: dist.Topology, steps: int = 20, resume: bool = False) -> dict[str, Any]:
     """Take steps; with `resume` a state goes out in the middle and into a backend built anew."""
     driver = Driver(settings, topology, steps)
-    groups, taken = [driver.groups()], []
+    groups, taken, of_parts = [driver.groups()], [], []
     for step in range(steps):
         if resume and step == steps // 2:
             saved = driver.save()
@@ -169,6 +175,7 @@ def train(settings: list[str], topology: dist.Topology, steps: int = 20, resume:
             driver.load(saved)
             groups.append(driver.groups())
         taken.append(driver.step(step))
+        of_parts.append(driver.norms)
     image = torch.linspace(-1, 1, 3 * 28 * 28).view(1, 3, 28, 28).to(topology.device)
     with driver.backend.infer("target") as encoder:
         features = encoder.forward_features(image).cpu()
@@ -176,7 +183,8 @@ def train(settings: list[str], topology: dist.Topology, steps: int = 20, resume:
     driver.backend.close()
     losses, norms = zip(*taken, strict=True)
     weights, optimizer = load_weights(saved), load_optimizer(saved)
-    return dict(losses=losses, norms=norms, groups=groups, features=features, weights=weights, optimizer=optimizer)
+    return dict(losses=losses, norms=norms, groups=groups, features=features, weights=weights, optimizer=optimizer,
+                of_parts=of_parts)  # fmt: skip
 
 
 def finetune(settings: list[str], topology: dist.Topology, steps: int = 8) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lmim import LatentMIM, load_config
+from lmim import LatentMIM, load_config, profiling
 from lmim.dist import Topology
 
 
@@ -76,11 +76,11 @@ def test_step_measures_rows_their_parts_and_records_them(bench, tmp_path, capsys
     """Two rows and one in the released code's shape, on a tiny model; the parts add up to a step, roughly."""
     module = importlib.import_module("bench_step")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setitem(module.PEAK_SIDE, "cpu", 128)
+    monkeypatch.setitem(profiling.PEAK_SIDE, "cpu", 128)
     settings = ["parallel.backend=local", "model.embed_dim=32", "model.depth=2", "model.num_heads=2",
                 "model.projector_dim=48", "model.decoder_dim=32", "model.decoder_num_heads=2"]  # fmt: skip
     options = (
-        "--batch 8 --rounds 2 --steps 4 --vary precision.compute=fp32,bf16 --released --together --profile 3 --json"
+        "--batch 8 --rounds 5 --steps 4 --vary precision.compute=fp32,bf16 --released --together --profile 3 --json"
     )
     command = ["step", "configs/quickstart.yaml", *settings, *options.split()]
     monkeypatch.chdir(Path(__file__).parent.parent)

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmim import LatentMIM, checkpoint, load_encoder, store
-from lmim.config import CheckpointConfig, Config, ConfigError, ModelConfig
+from lmim.config import ConfigError
 from lmim.dist import Topology
 from lmim.optim import MOMENTS
+from lmim.options import CheckpointConfig, Config, ModelConfig
 
 MODEL = ModelConfig(variant="tiny", embed_dim=32, depth=2, num_heads=4, patch_size=4, grid_size=4, projector_dim=16,
                     decoder_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip

@@ -1,5 +1,6 @@
 """Options: what beats what, what every mistake is told, and that every shipped recipe builds."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,6 @@ import torch
 import yaml
 
 from lmim.config import (
-    Config,
     ConfigError,
     Split,
     config_hash,
@@ -19,6 +19,7 @@ from lmim.config import (
     validate,
 )
 from lmim.objective import LatentMIM
+from lmim.options import Config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -357,3 +358,13 @@ def test_sizes_are_the_specs(size, width, depth, heads, patch):
         heads,
         patch,
     )
+
+
+def test_the_reference_of_all_options_is_up_to_date(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(CONFIGS.parent / "tools")
+    reference = importlib.import_module("config_reference")
+    assert reference.main(["--check"]) == 0, capsys.readouterr().out
+    lines = (CONFIGS / "README.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| `")]
+    assert len(rows) == len(flatten(Config()))
+    assert all(len(row) == 4 and row[3].rstrip(" |") for row in rows), "an option without a word on what it means"

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 
 from lmim import convert
-from lmim.config import VARIANTS, ModelConfig, ObjectiveConfig
 from lmim.objective import LatentMIM
+from lmim.options import VARIANTS, ModelConfig, ObjectiveConfig
 
 
 def shapes(state) -> dict[str, tuple[int, ...]]:

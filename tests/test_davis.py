@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lmim.__main__ import main
-from lmim.config import Config, DavisConfig
 from lmim.dist import discover
 from lmim.eval import davis
 from lmim.eval.masks import read_mask, write_mask
 from lmim.eval.results import read_results
 from lmim.objective import LatentMIM
+from lmim.options import Config, DavisConfig
 from tests.conftest import REPOSITORY, TINY, free_port, process_environment
 from tests.ranks import tiny_config
 

@@ -23,13 +23,14 @@ from timm.optim import param_groups_layer_decay
 from lmim import checkpoint, load_encoder
 from lmim.__main__ import main
 from lmim.classifier import Classifier
-from lmim.config import ConfigError, FinetuneConfig, ModelConfig, load_config, validate
+from lmim.config import ConfigError, load_config, validate
 from lmim.convert import to_timm
 from lmim.data.augment import AUGMENT, Augment, seed
 from lmim.dist import Topology
 from lmim.eval.finetune import finetune_config
 from lmim.eval.results import read_results
 from lmim.formats import read_weights
+from lmim.options import FinetuneConfig, ModelConfig
 from lmim.patches import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from lmim.randomness import draw
 from lmim.stop import StopRequest

@@ -44,7 +44,10 @@ def test_what_a_run_leaves(run_folder):
     wanted = {"step", "epoch", "loss", "similarity_predictions", "similarity_visible", "similarity_targets",
               "similarity_positions", "lr",
               "momentum", "similarity_target", "grad_norm", "images_per_second", "data_wait", "memory_gib",
-              "skipped_images"}  # fmt: skip
+              "skipped_images", "target_deviation", "effective_rank", "images_per_second_per_rank", "mfu",
+              "gflop_per_image", "rank_spread", "slowest_rank",
+              *(f"{kind}_{part}" for kind in ("grad_norm", "update_norm", "update_ratio")
+                for part in ("online", "projector", "decoder"))}  # fmt: skip
     assert set(rows[0]) == wanted
     assert all(row["grad_norm"] > 0 and row["images_per_second"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
     evals = [json.loads(line) for line in (run_folder / "eval.jsonl").read_text().splitlines()]
@@ -218,8 +221,9 @@ def test_a_skipped_image_that_cannot_be_written_down_ends_no_run(tmp_path, caplo
 
 def test_what_takes_the_place_of_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
     """A power cut after the renaming could otherwise leave an empty log or configuration."""
-    from lmim.config import Config, save_config
+    from lmim.config import save_config
     from lmim.metrics import JsonLines
+    from lmim.options import Config
 
     synced, placed, sync, replace = {}, {}, os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: synced.update({os.fstat(fd).st_ino: os.fstat(fd).st_size}) or sync(fd))

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmim import LatentMIM, VisionTransformer, formats, load_encoder
-from lmim.config import Config, ConfigError
+from lmim.config import ConfigError
 from lmim.convert import from_authors, to_authors
+from lmim.options import Config
 
 TOOL = Path(__file__).parent.parent / "tools" / "replay_case.py"
 GOLDEN = Path(__file__).parent / "data" / "golden"

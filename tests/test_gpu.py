@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import torch
 from PIL import Image
 
 from lmim import checkpoint, dist
-from lmim.config import DataConfig, Split
+from lmim.config import Split
 from lmim.data.datasets import open_source
 from lmim.data.loader import train_batches
 from lmim.data.sharding import write_shards
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
+from lmim.norms import StepNorms
+from lmim.options import DataConfig
 from tests.conftest import REPOSITORY, losses, train_command
 from tests.ranks import Driver, Finetuner, freshness, not_a_number, train
 
@@ -88,18 +91,21 @@ def test_a_step_whose_gradient_is_not_a_number_is_left_out(gpu, name):
 @pytest.mark.parametrize("name", ["local", "FSDP2"])
 def test_no_step_waits_for_the_device(gpu, name, switches):
     """Torch raises where anything in a step would make the host wait for the GPU."""
-    take_steps_without_waiting(Driver([*BACKENDS[name], "precision.compute=bf16", *switches], gpu))
+    norms = take_steps_without_waiting(Driver([*BACKENDS[name], "precision.compute=bf16", *switches], gpu))
+    assert all(math.isfinite(norm) and norm > 0 for norm in norms)
 
 
 @pytest.mark.parametrize("name", ["local", "FSDP2"])
 def test_no_step_of_fine_tuning_waits_for_the_device(gpu, shards, tmp_path, name):
     where = [f"data.train={shards}/train", f"data.eval={shards}/eval", f"run.folder={tmp_path}"]
     settings = [*where, "finetune.scratch=true", "finetune.mixup=0.8", "finetune.drop_path=0.2"]
-    take_steps_without_waiting(Finetuner([*BACKENDS[name], "precision.compute=bf16", *settings], gpu))
+    norms = take_steps_without_waiting(Finetuner([*BACKENDS[name], "precision.compute=bf16", *settings], gpu))
+    assert all(math.isfinite(norm) and norm > 0 for norm in norms)
 
 
-def take_steps_without_waiting(driver: Driver) -> None:
-    batches = {step: list(driver.micro_batches(step)) for step in range(5)}
+def take_steps_without_waiting(driver: Driver) -> list[float]:
+    """Return the gradient norms of some steps, in which waiting for the GPU is an error."""
+    batches, found = {step: list(driver.micro_batches(step)) for step in range(5)}, []
     for step, micros in batches.items():
         torch.cuda.synchronize()
         if step >= 2:  # graphs are compiled by then
@@ -108,10 +114,13 @@ def take_steps_without_waiting(driver: Driver) -> None:
             driver.backend.begin_step(driver.schedules.at(step))
             for number, inputs in enumerate(micros):
                 driver.backend.forward_backward(*inputs, last_micro=number == len(micros) - 1)
-            driver.backend.finish_step()
+            norms = StepNorms(driver.backend.gradients(), driver.backend.pieces(), 1)
+            found.append(driver.backend.finish_step())
+            norms.squares()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     driver.backend.close()
+    return [norm.item() for norm in found]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from lmim.config import HealthConfig, ObjectiveConfig
 from lmim.health import Health
 from lmim.objective import chance_level
+from lmim.options import HealthConfig, ObjectiveConfig
 
 CHANCE = chance_level(176, 0.2)
 

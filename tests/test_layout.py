@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 # Every module of the package and its floor; an import must lead to a lower one. "" is lmim/__init__.py.
 LEVELS = {
-    "config": 0, "randomness": 0, "version": 0, "data": 0, "eval": 0,
+    "options": -1, "config": 0, "randomness": 0, "version": 0, "data": 0, "eval": 0,
     "patches": 1, "schedules": 1, "optim": 1, "heartbeat": 0.5, "dist": 1, "stop": 1.2,
     "vit": 1.5, "store": 1.5,
-    "objective": 2, "classifier": 2, "data.augment": 2.2, "convert": 2, "data.transforms": 2,
+    "norms": 1.6, "objective": 2, "classifier": 2, "data.augment": 2.2, "convert": 2, "data.transforms": 2,
     "metrics": 2.2, "checkpoint": 2.2, "health": 2.2, "data.sources": 2.2, "data.plan": 2.2, "data.nvjpeg": 2.2,
     "profiling": 2.2, "forecast": 2.3, "pickles": 1, "formats": 2.3, "export": 2.4,
     "data.memory": 2.2, "data.progress": 2.2, "data.storage": 2.25, "data.cache": 2.3, "data.pool": 2.3,
@@ -36,6 +36,9 @@ LEVELS = {
     "resume": 4.8,
     "task": 4.9,
     "train": 5,
+    "doctor": 0, "doctor.memory": 1, "doctor.rows": 5.1, "doctor.trial": 5.2, "doctor.machine": 5.2,
+    "doctor.folder": 5.2, "doctor.images": 5.2, "doctor.arithmetic": 5.2, "doctor.reached": 5.3, "doctor.step": 5.3,
+    "doctor.visit": 5.4,
     "": 5.5,
     "__main__": 6,
 }  # fmt: skip

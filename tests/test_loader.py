@@ -24,13 +24,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lmim.config import DataConfig, Split
+from lmim.config import Split
 from lmim.data.datasets import Source, SourceImage
 from lmim.data.loader import DataError, MicroBatches, eval_batches, train_batches
 from lmim.data.plan import EpochPlan, Stream
 from lmim.data.sharding import write_shards
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
+from lmim.options import DataConfig
 from lmim.randomness import sample_key
 
 BATCH = 32

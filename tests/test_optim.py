@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from lmim.config import ModelConfig, ObjectiveConfig, OptimConfig
 from lmim.objective import LatentMIM
 from lmim.optim import build_adamw, ema_update, parameter_groups, set_learning_rate
+from lmim.options import ModelConfig, ObjectiveConfig, OptimConfig
 
 torch.set_num_threads(1)
 DECAYED = {

@@ -113,6 +113,8 @@ def test_one_trajectory_in_fp32(outcomes, reference, capsys, ranks):
     for name, ours in outcome.items():
         assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-5), name
         assert ours["norms"] == pytest.approx(expected["norms"], rel=1e-5), name
+        for step, of_parts in enumerate(expected["of_parts"]):
+            assert ours["of_parts"][step] == pytest.approx(of_parts, rel=1e-3), (name, step)
         assert difference(ours, expected, "online.") < 1e-5, name
         assert difference(ours, expected, "target.") < 1e-5, name
         assert difference(ours, expected, "decoder.") < 1e-4, name

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from lmim.config import Config, ConfigError, Split, load_config, validate
+from lmim.config import ConfigError, Split, load_config, validate
 from lmim.dist import Topology
+from lmim.options import Config
 from lmim.parallel import build_backend
 from lmim.parallel.engine import engine_config
 from tests.conftest import REPOSITORY, TINY

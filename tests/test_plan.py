@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from lmim.config import DataConfig
 from lmim.data.datasets import Source, SourceImage
 from lmim.data.loader import open_shards, open_stream
 from lmim.data.plan import PERIOD, EpochPlan, Recent, Stream
 from lmim.data.sharding import write_shards
 from lmim.data.shards import FORMAT, VERSION, ShardIndex
+from lmim.options import DataConfig
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmim import dist
 from lmim.__main__ import main
-from lmim.config import Config, crop_size, load_config, validate
+from lmim.config import crop_size, load_config, validate
 from lmim.objective import LatentMIM
+from lmim.options import Config
 from lmim.profiling import activation_bytes, collectives, count_parameters, flops_per_image, state_bytes
 from tests.backend_costs import measure
 from tests.conftest import REPOSITORY, free_port, process_environment

@@ -9,11 +9,12 @@ import time
 import pytest
 import torch
 
-from lmim.config import Config, DataConfig, Split
+from lmim.config import Split
 from lmim.data.loader import open_data, train_batches
 from lmim.data.shards import ShardIndex
 from lmim.data.storage import StorageError
 from lmim.dist import Topology
+from lmim.options import Config, DataConfig
 from tests.servers import serving
 
 BATCH, STEPS = 30, 12

@@ -1,67 +1,30 @@
-"""The report: what is gathered of a run folder, how it is thinned, judged and drawn, and that nothing in it can run."""
+"""The page and the figures: all that a run folder holds is shown, and nothing in it can run."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import logging
-import math
 import re
 import shutil
 import time
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from lmim.__main__ import main
-from lmim.config import Config, HealthConfig, ObjectiveConfig, load_config, save_config
+from lmim.config import load_config, save_config
 from lmim.eval import figures
-from lmim.eval.curves import BINS, Chart, Level, Series, chance, charts, overlaid, thin
-from lmim.eval.history import read_columns, read_history, read_text_log
+from lmim.eval.curves import chance, charts, overlaid
+from lmim.eval.history import read_history
 from lmim.eval.page import run_page
 from lmim.eval.results import record
-from lmim.eval.svg import HEIGHT, WIDTH, draw, log_ticks, number, tick_words, ticks
-from lmim.eval.tables import evaluations, found_table, in_figures, set_options, words
 from lmim.eval.token_maps import CLUSTER_COUNTS, TokenMaps
-from lmim.eval.verdict import BAD, GOOD, UNKNOWN, WATCH, judge, skipped_images
-from lmim.health import Health
-from lmim.objective import chance_level
 from tests.conftest import REPOSITORY
-
-CHANCE = 2 * 0.2 * math.log(49 - 10)  # of the quickstart: 7 x 7 cells, 10 visible
-
-
-def rows_of(steps: int, **values: float | list[float]) -> list[dict[str, float]]:
-    """Return rows of a healthy run of so many steps, 10 to an epoch; `values` replace columns, or one value of all."""
-    rows = []
-    for step in range(steps):
-        row = dict(step=step, epoch=(step + 1) / 10, loss=1.2 - 0.1 * step / steps, similarity_predictions=0.5,
-                   similarity_visible=0.6, similarity_targets=0.55, similarity_positions=0.5, grad_norm=0.4, lr=1e-3,
-                   momentum=0.99, similarity_target=0.7, images_per_second=100.0, data_wait=0.01, memory_gib=1.5,
-                   skipped_images=0)  # fmt: skip
-        rows.append({**row, **{k: v[step] if isinstance(v, list) else v for k, v in values.items()}})
-    return rows
-
-
-def write_run(folder: Path, rows: list[dict], evals: list[float] = (), **settings: str) -> Path:
-    """Write a run folder without weights; `evals` are accuracies, the first of the encoder as initialised."""
-    folder.mkdir(parents=True, exist_ok=True)
-    overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
-    config = load_config(REPOSITORY / "configs" / "quickstart.yaml", [f"run.folder={folder}", *overrides])
-    save_config(config, folder / "config.yaml")
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "train.log").write_text("2026-01-02 03:04:05,678 INFO step 1/80\n")
-    steps = np.linspace(0, len(rows), len(evals)).astype(int) if evals else []
-    lines = (dict(step=int(s) - 1, epoch=s / 10, knn_leave_one_out=v) for s, v in zip(steps, evals, strict=True))
-    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    return folder
+from tests.run_folders import CHANCE, rows_of, write_run
 
 
 class Parsed(HTMLParser):
@@ -94,282 +57,6 @@ def page_of(folder: Path, capsys) -> Parsed:
     return Parsed(Path(summary["page"]).read_text())
 
 
-# --- thinning --------------------------------------------------------------------------------------------------------
-
-
-def test_thinning_keeps_lowest_mean_and_highest_of_each_part():
-    rng = np.random.default_rng(0)
-    x, y = np.arange(10_007.0), rng.normal(size=10_007)
-    y[[3, 5000]] = np.nan, np.inf
-    series = thin("loss", x, y)
-    kept = np.isfinite(y)
-    edges = [math.floor(i * kept.sum() / BINS) for i in range(BINS)] + [int(kept.sum())]
-    for i, (begin, end) in enumerate(pairwise(edges)):
-        part_x, part_y = x[kept][begin:end], y[kept][begin:end]
-        assert series.low[i] == part_y.min() and series.high[i] == part_y.max()
-        assert series.mean[i] == pytest.approx(part_y.mean()) and series.x[i] == pytest.approx(part_x.mean())
-    assert len(series.mean) == BINS
-
-
-def test_short_curves_are_kept_as_they_are_and_empty_ones_left_out():
-    x, y = np.arange(5.0), np.array([1, np.nan, 3, 4, np.inf])
-    series = thin("loss", x, y)
-    assert series.x.tolist() == [0, 2, 3] and series.mean.tolist() == series.low.tolist() == [1, 3, 4]
-    assert thin("loss", x, np.full(5, np.nan)) is None and thin("loss", x[:0], y[:0]) is None
-
-
-def test_a_leap_neither_vanishes_nor_presses_the_rest_flat(tmp_path):
-    loss = [1.2] * 20_000
-    loss[777] = 5000.0
-    chart = charts(read_history(write_run(tmp_path, rows_of(20_000, loss=loss))))[0]
-    assert chart.series[0].high.max() == 5000.0  # inside the band
-    assert chart.beyond is None or chart.beyond == 5000.0
-    noisy = [1.2 + 0.01 * (step % 7) for step in range(20_000)]
-    noisy[777] = 5000.0
-    chart = charts(read_history(write_run(tmp_path, rows_of(20_000, loss=noisy))))[0]
-    assert chart.limits[1] < 2 and chart.beyond == 5000.0
-
-
-def test_a_page_does_not_grow_with_the_run(tmp_path, capsys):
-    sizes = []
-    for steps in (1000, 30_000):
-        folder = write_run(tmp_path / str(steps), rows_of(steps, loss=[1.2 + 0.1 * (s % 13) for s in range(steps)]))
-        page_of(folder, capsys)
-        sizes.append((folder / "report.html").stat().st_size)
-    assert sizes[1] < 1.1 * sizes[0] < 500_000
-
-
-@pytest.mark.slow
-def test_a_million_steps_take_seconds(tmp_path, capsys):
-    row, folder = rows_of(1)[0], write_run(tmp_path, [])
-    rng = np.random.default_rng(0)
-    with (folder / "log.jsonl").open("w") as file:
-        for step, loss in enumerate(rng.normal(1.1, 0.05, size=1_000_000).tolist()):
-            file.write(json.dumps({**row, "step": step, "epoch": (step + 1) / 1250, "loss": loss}) + "\n")
-    began = time.process_time()
-    page = page_of(folder, capsys)
-    assert time.process_time() - began < 60  # 15 on one quiet core
-    assert (folder / "report.html").stat().st_size < 1_000_000
-    assert "1,000,000 steps" in page.text
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def test_damaged_lines_are_counted_and_a_line_being_written_is_not(tmp_path):
-    good = rows_of(6, mfu=0.3)
-    for row in good[:3]:
-        del row["mfu"]
-    lines = [json.dumps(row).encode() for row in good]
-    lines[1:1] = [b'{"step": 1, "epo', b"x\xff", b"[1]", b"3", b'{"step": 2, "epoch": 0.2}',
-                  b'{"step": "two", "epoch": 0.2, "loss": 1}', b"[" * 100_000,
-                  b'{"epoch": 0.2, "loss": 1, "step": 1' + b"0" * 400 + b"}"]  # fmt: skip
-    path = tmp_path / "log.jsonl"
-    path.write_bytes(b"\n".join([*lines[::-1], lines[-1][:20]]))
-    columns, damaged = read_columns(path, ("step", "epoch", "loss"))
-    assert damaged == 8
-    assert columns["step"].tolist() == list(range(6))  # in order, though written backwards
-    assert columns["loss"].tolist() == [row["loss"] for row in good]
-    assert np.isnan(columns["mfu"]).tolist() == [True] * 3 + [False] * 3
-    assert read_columns(tmp_path / "none", ("step",)) == ({}, 0)
-
-
-def test_alarms_are_known_by_the_very_words_of_the_run(tmp_path):
-    """Every alarm that lmim.health gives is found in a text log that it was written to."""
-    from lmim.metrics import UnreadableLog, set_up_logging
-
-    set_up_logging(tmp_path, True)
-    health = Health(HealthConfig(), ObjectiveConfig(), 176, 0, 1)
-    chance = chance_level(176, 0.2)
-    told = []
-    for step in range(300):
-        loss = 50.0 if step == 250 else 1.0 + 0.01 * (step % 3)
-        told += health.judge(dict(step=step, loss=loss, similarity_targets=0.5, similarity_positions=0.5))
-    told += health.judge(dict(step=300, loss=chance, similarity_targets=0.99, similarity_positions=0.99))
-    assert len(told) >= 4
-    logger = logging.getLogger("lmim.train")
-    for alarm in told:
-        logger.warning("%s", alarm.words)
-    logger.warning("step %d is left out: its loss (%g) or gradient (norm %g) is not finite", 3, 1.0, math.nan)
-    logger.error("something else")
-    UnreadableLog(tmp_path, 0).write(3, 17, "broken")
-    found = read_text_log(tmp_path / "train.log")
-    spikes = sum(alarm.option == "health.on_spike" for alarm in told)
-    assert found.counts == {"spike": spikes, "collapse": len(told) - spikes, "skipped step": 1, "unreadable image": 1,
-                            "other": 1}  # fmt: skip
-    assert [line.words for line in found.alarms] == [alarm.words for alarm in told]
-    assert found.others[0].words == "something else" and re.match(r"\d{4}-\d\d-\d\d ", found.others[0].date)
-
-
-def test_skipped_images_are_added_up_over_starts(tmp_path):
-    counts = [0, 1, 1, 4, 0, 0, 2, 2, 1, 3]  # started again before the fifth and the ninth row
-    history = read_history(write_run(tmp_path, rows_of(10, skipped_images=counts)))
-    assert skipped_images(history) == 4 + 2 + 3
-
-
-@pytest.mark.parametrize(("text", "steps"), [("8ep", 80), ("300st", 300)])
-def test_how_far_the_run_is(tmp_path, text, steps):
-    history = read_history(write_run(tmp_path, rows_of(40), optim__duration=text))
-    assert history.total_steps == steps and history.steps == 40
-
-
-# --- the verdict -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("values", "sign", "state"),
-    [
-        (dict(), "Loss", GOOD),
-        (dict(loss=CHANCE * 1.005), "Loss", BAD),
-        (dict(loss=math.nan), "Loss", BAD),
-        (dict(similarity_targets=0.985), "Targets within an image", BAD),
-        (dict(similarity_targets=0.97), "Targets within an image", GOOD),
-        (dict(similarity_positions=0.985), "Targets across images, at the same position", BAD),
-        (dict(data_wait=0.3), "Waiting for data", WATCH),
-        (dict(skipped_images=2), "Images that could not be read", WATCH),
-        (dict(grad_norm=[math.nan] + [1.0] * 39), "Steps left out", WATCH),
-        (dict(), "Nearest-neighbour accuracy", UNKNOWN),
-    ],
-)
-def test_each_sign_is_judged(tmp_path, values, sign, state):
-    verdict = judge(read_history(write_run(tmp_path, rows_of(40, **values))))
-    assert {check.sign: check.state for check in verdict.checks}[sign] == state
-    assert verdict.state == (state if state in (BAD, WATCH) else GOOD)
-    if state in (BAD, WATCH):
-        assert sign[1:] in verdict.words
-
-
-def test_the_last_steps_count_and_not_the_first(tmp_path):
-    loss = [CHANCE] * 960 + [1.0] * 40
-    assert judge(read_history(write_run(tmp_path / "a", rows_of(1000, loss=loss)))).state == GOOD
-    assert judge(read_history(write_run(tmp_path / "b", rows_of(1000, loss=loss[::-1])))).state == BAD
-
-
-def test_no_verdict_amid_the_warm_up(tmp_path):
-    folder = write_run(tmp_path, rows_of(8, loss=CHANCE))  # of 80, 8 warm up
-    verdict = judge(read_history(folder))
-    assert verdict.state == UNKNOWN and "warming up" in verdict.words
-    (folder / "done.json").write_text('{"steps": 8, "ranks": 2, "device": "cpu"}')
-    assert judge(read_history(folder)).state == BAD
-
-
-@pytest.mark.parametrize(("evals", "state"), [([0.5, 0.6], GOOD), ([0.5, 0.45], WATCH)])
-def test_accuracy_is_judged_by_the_encoder_as_initialised(tmp_path, evals, state):
-    verdict = judge(read_history(write_run(tmp_path, rows_of(80), evals)))
-    assert verdict.checks[3].state == state and "50.0 %" in verdict.checks[3].words
-    early = judge(read_history(write_run(tmp_path, rows_of(20), evals)))
-    assert early.checks[3].state == (GOOD if state == GOOD else UNKNOWN)
-
-
-# --- charts ----------------------------------------------------------------------------------------------------------
-
-
-def chart_of(y: np.ndarray, **options) -> Chart:
-    x = np.linspace(0, 10, len(y))
-    return Chart("loss", "Loss", [Series("loss", x, y - 0.1, y, y + 0.1)], **options)
-
-
-@pytest.mark.parametrize("logarithmic", [False, True])
-def test_a_curve_is_drawn_where_its_ticks_say(logarithmic):
-    """Read the values back from the drawing by the places of its own tick labels."""
-    y = np.exp(np.linspace(0, 6, 40)) + 1
-    svg = str(draw(chart_of(y, logarithmic=logarithmic, levels=[Level("chance", 30.0)])).svg)
-    labels = re.findall(r'<text x="44" y="([\d.]+)" text-anchor="end">([\d,.e-]+)</text>', svg)
-    places = [float(place) - 3.5 for place, _ in labels]
-    values = np.array([float(word.replace(",", "")) for _, word in labels])
-    scale = np.log(values) if logarithmic else values
-    slope, offset = np.polyfit(places, scale, 1)
-    points = re.search(r'class="curve c0" d="M([^"]+)"', svg)[1].split("L")
-    found = np.array([float(point.split()[1]) for point in points]) * slope + offset
-    np.testing.assert_allclose(found, np.log(y) if logarithmic else y, atol=0.02 if logarithmic else 1.0)
-    level = float(re.search(r'class="level n0" d="M50 ([\d.]+)H', svg)[1]) * slope + offset
-    assert level == pytest.approx(math.log(30) if logarithmic else 30, abs=0.02 if logarithmic else 1.0)
-    xs, ys = np.array([point.split() for point in points], float).T
-    assert xs.min() > 0 and xs.max() < WIDTH and ys.min() > 0 and ys.max() < HEIGHT
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_are_round_and_inside(low, span):
-    high = low + span
-    if not high - low > 1e-9 * max(abs(low), abs(high), 1e-9):
-        return
-    found = ticks(low, high, 5)
-    assert 1 <= len(found) <= 8
-    slack = 1e-6 * span + 1e-9
-    assert all(low - slack <= value <= high + slack for value in found)
-    if span > 1e-3 * abs(low):
-        assert len(set(tick_words(found))) == len(found)
-
-
-@given(st.floats(1e-8, 1e3), st.floats(1.01, 1e9))
-def test_logarithmic_ticks_are_inside_and_few(low, factor):
-    found = log_ticks(low, low * factor)
-    assert all(low * 0.999 <= value <= low * factor * 1.001 for value in found)
-    assert 1 <= len(found) <= 14
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0"), (1.10962, "1.11"), (64.451, "64.45"), (123456.7, "123,457"), (2.5e-4, "2.5e-4"), (-0.5, "-0.5"),
-     (2e9, "2e9"), (0.99, "0.99"), (math.nan, "nan")],
-)  # fmt: skip
-def test_numbers_are_short(value, text):
-    assert number(value) == text
-
-
-def test_every_number_of_the_log_has_its_chart(tmp_path):
-    rows = rows_of(20, mfu=0.3, effective_rank=20.0)
-    folder = write_run(tmp_path, rows, [0.5, 0.6], objective__similarity_weight="0.1")
-    (folder / "knn.json").write_text('{"pixels": {"leave_one_out": 0.7, "gallery": null}, "x": 3}')
-    found = {chart.name: chart for chart in charts(read_history(folder))}
-    assert list(found) == ["loss", "similarities", "accuracy", "effective_rank", "gradient_norm", "learning_rate",
-                           "momentum", "images_per_second", "mfu", "data_wait", "memory"]  # fmt: skip
-    assert found["loss"].levels[0].value == pytest.approx(CHANCE)
-    assert [one.label for one in found["similarities"].series][-1] == "steered to"
-    assert found["accuracy"].series[0].mean.tolist() == [50, 60] and found["accuracy"].levels[0].value == 70
-    assert found["mfu"].series[0].last == pytest.approx(30)
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def test_recorded_figures_become_tables():
-    by_kind = found_table({"pixels": {"accuracy": 0.5}, "online": {"accuracy": 0.625, "layer": -1, "rate": 0.01}})
-    assert by_kind.heads == ["features", "accuracy", "layer", "rate"]
-    assert by_kind.rows == [["pixels", "50.00 %", "–", "–"], ["online", "62.50 %", "-1", "0.01"]]
-    shots = found_table({"online": {"5": {"accuracy": 0.5, "interval": 0.01, "n": 3}}})
-    assert shots.heads == ["features", "5 accuracy", "5 n"] and shots.rows == [["online", "50.00 ± 1.00 %", "3"]]
-    flat = found_table({"images": 8, "miou": {"3": 0.25}, "list": list(range(10)), "none": None, "on": True})
-    assert flat.rows == [["images", "8"], ["miou 3", "25.00 %"], ["list", "0, 1, 2, 3, 4, 5, 6, 7, … (10)"],
-                         ["none", "–"], ["on", "True"]]  # fmt: skip
-    assert found_table([1, 2]).rows == [["value", "1, 2"]]
-    assert words("learning_rate", 0.5) == "0.5" and words("knn", 0.5) == "50.00 %"
-
-
-def test_every_evaluation_is_listed_with_its_command(tmp_path, monkeypatch):
-    folder = write_run(tmp_path / "run", rows_of(20), [0.5, 0.7, 0.6])
-    (folder / "knn.json").write_text('{"online": {"leave_one_out": 0.6, "gallery": null}}')
-    monkeypatch.setattr("sys.argv", ["lmim", "eval", "linear", "a b"])
-    record(folder, "linear", {"online": {"accuracy": 0.5}}, source="x.pth", which="target")
-    found = evaluations(read_history(folder))
-    assert [row.name for row in found] == ["while training", "knn", "linear"]
-    assert found[0].found.rows == [["1-NN leave-one-out", "50.00 %", "70.00 %", "60.00 %"]]
-    assert found[1].command == f"lmim eval knn {folder}" and found[1].found.rows == [["online", "60.00 %", "–"]]
-    assert found[2].command == "lmim eval linear 'a b'" and found[2].weights == "target of x.pth"
-    record(folder, "knn", {"online": {"leave_one_out": 0.6}}, source="x.pth", which="online")
-    assert [row.name for row in evaluations(read_history(folder))] == ["while training", "linear", "knn"]
-
-
-def test_the_log_in_figures_and_the_options_that_were_set(tmp_path):
-    history = read_history(write_run(tmp_path, rows_of(40, loss=[float(step) for step in range(40)])))
-    table = in_figures(history)
-    assert table.rows[0] == ["Loss", "0", "9", "19", "29", "39"]  # at epochs 0.1, 1, 2, 3, 4
-    rows = {row[0]: row[1:] for row in set_options(history.config).rows}
-    assert rows["model.embed_dim"] == ["128", "(empty)"] and rows["optim.duration"] == ["8ep", "300ep"]
-    assert "model.mlp_ratio" not in rows
-    assert set_options(Config()).rows == []
-
-
 # --- the page --------------------------------------------------------------------------------------------------------
 
 NASTY = "<script>document.title='run'</script><img src=x onerror=alert(1)>\"'&"
@@ -394,6 +81,29 @@ def nasty_run(folder: Path) -> Path:
     (folder / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
     (folder / "knn.json").write_text(json.dumps({NASTY: {NASTY: NASTY}, "pixels": {"leave_one_out": NASTY}}))
     return folder
+
+
+def test_a_page_does_not_grow_with_the_run(tmp_path, capsys):
+    sizes = []
+    for steps in (1000, 30_000):
+        folder = write_run(tmp_path / str(steps), rows_of(steps, loss=[1.2 + 0.1 * (s % 13) for s in range(steps)]))
+        page_of(folder, capsys)
+        sizes.append((folder / "report.html").stat().st_size)
+    assert sizes[1] < 1.1 * sizes[0] < 500_000
+
+
+@pytest.mark.slow
+def test_a_million_steps_take_seconds(tmp_path, capsys):
+    row, folder = rows_of(1)[0], write_run(tmp_path, [])
+    rng = np.random.default_rng(0)
+    with (folder / "log.jsonl").open("w") as file:
+        for step, loss in enumerate(rng.normal(1.1, 0.05, size=1_000_000).tolist()):
+            file.write(json.dumps({**row, "step": step, "epoch": (step + 1) / 1250, "loss": loss}) + "\n")
+    began = time.process_time()
+    page = page_of(folder, capsys)
+    assert time.process_time() - began < 60  # 15 on one quiet core
+    assert (folder / "report.html").stat().st_size < 1_000_000
+    assert "1,000,000 steps" in page.text
 
 
 def test_nothing_that_a_file_holds_becomes_markup(tmp_path, capsys):

@@ -10,7 +10,8 @@ import pytest
 
 from lmim.__main__ import main
 from tests.conftest import REPOSITORY, TINY
-from tests.test_report import NASTY, nasty_run, rows_of, write_run
+from tests.run_folders import rows_of, write_run
+from tests.test_report import NASTY, nasty_run
 
 pytestmark = pytest.mark.browser
 PARTS = ["health", "curves", "tokens", "evaluations", "weights", "options"]
@@ -88,7 +89,7 @@ def test_every_part_is_there(browser, run_folder, width, scheme):
         assert left >= 0 and right <= width and height > 60, name
     drawings = script(browser, "return [...document.querySelectorAll('.plot > svg')].map(s => {"
                       "const b = s.getBoundingClientRect(); return [b.width, b.height, b.right]})")  # fmt: skip
-    assert len(drawings) == 9
+    assert len(drawings) == 15
     for drawn_width, height, right in drawings:
         assert drawn_width > 280 and height > 150 and right <= width
     letters = script(browser, "return [...document.querySelectorAll('.plot text')].map("

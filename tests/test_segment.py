@@ -22,12 +22,12 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
 from lmim.__main__ import main
-from lmim.config import Config
 from lmim.data.datasets import open_source
 from lmim.data.transforms import eval_mask
 from lmim.eval import clusters, segment
 from lmim.eval.results import read_results
 from lmim.objective import LatentMIM
+from lmim.options import Config
 from tests.conftest import REPOSITORY, TINY, free_port, process_environment
 from tests.ranks import tiny_config
 
@@ -324,7 +324,7 @@ def test_shards_serve_as_images_and_pictures_go_anywhere(weights, shards, tmp_pa
         (["segment.images={d}/images", "segment.masks={d}/other"], ["segment.masks", "0.png is missing"]),
         (["segment.images={d}/images", "segment.masks={d}/small"], ["0.png has 9 x 8 px", "28 x 28"]),
         (["segment.images={d}/empty"], ["segment.images", "holds no images"]),
-        (["segment.images={d}/text.png"], ["text.png", "no image could be read"]),
+        (["segment.images={d}/text.png"], ["text.png", "none of the 1 images that were chosen could be read"]),
         (["segment.images=", "data.eval="], ["segment.images and data.eval are empty"]),
         (["segment.size=30"], ["segment.size (30)", "28 or 32"]),
         (["segment.size=800"], ["segment.size (800) gives 40000 patches", "take up to 564"]),

@@ -74,14 +74,19 @@ def measure_rate(row: Row, batch: int, warmup: int, timed: int) -> float:
     return batch * timed / elapsed_s / len(row.cores)
 
 
+def progress_bar() -> Progress:
+    """Return a bar that counts what is done, with the time it took and will take."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
+    return Progress(*columns, console=Console(stderr=True))
+
+
 def measure_rows(rows: Sequence[Row], *, rounds: int, batch: int, warmup: int, timed: int) -> None:
     """Fill in the rates of all rows that can run, in turn, showing progress."""
     cores = os.sched_getaffinity(0)
     present = [row for row in rows if row.batches]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
     try:
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with progress_bar() as progress:
             task = progress.add_task("", total=rounds * len(present))
             for number in range(1, rounds + 1):
                 for row in present:

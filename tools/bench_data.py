@@ -30,7 +30,7 @@ from PIL import Image
 from rich.console import Console
 from torchvision import transforms as tv
 
-from lmim.config import ConfigError, DataConfig, Split
+from lmim.config import ConfigError, Split
 from lmim.data.datasets import open_source
 from lmim.data.loader import train_batches
 from lmim.data.sharding import write_shards
@@ -38,6 +38,7 @@ from lmim.data.shards import ShardIndex, ShardReader
 from lmim.data.sources import Source
 from lmim.data.transforms import DECODERS, train_view
 from lmim.dist import Topology
+from lmim.options import DataConfig
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 SHORT_SIDE, QUALITY = 320, 90

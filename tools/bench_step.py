@@ -26,13 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lmim import LatentMIM, dist
-from lmim.config import Config, ConfigError, crop_size, load_config, validate
+from lmim.config import ConfigError, crop_size, load_config, validate
+from lmim.options import Config
 from lmim.parallel import Backend, build_backend
-from lmim.profiling import flops_per_image
+from lmim.profiling import flops_per_image, matrix_peak
 from lmim.schedules import Schedules
 
 WARM_UP_STEPS = 3
-PEAK_SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product is the peak
 PARTS = ("EMA", "views and patches", "target", "encoder", "decoder", "loss", "backward", "optimizer")
 
 
@@ -86,20 +86,6 @@ class StepRow:
     @property
     def median(self) -> float:
         return statistics.median(self.rates)
-
-
-def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best FLOP/s of a few large matrix products."""
-    side, best = PEAK_SIDE[device.type], 0.0
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    for _ in range(6):
-        synchronize(device)
-        began = time.perf_counter()
-        for _ in range(4):
-            a @ b
-        synchronize(device)
-        best = max(best, 4 * 2 * side**3 / (time.perf_counter() - began))
-    return best
 
 
 def build(name: str, config: Config, topology: dist.Topology, released: bool) -> StepRow:
@@ -291,7 +277,7 @@ def report(rows: Sequence[StepRow], peak: float, options: argparse.Namespace, to
         settings = dict(config=str(options.config), overrides=options.overrides, vary=options.vary,
                         steps=options.steps, rounds=options.rounds, together=options.together,
                         ranks=topology.world_size, device=where)  # fmt: skip
-        path = write_figures("step", dict(peak_tflops=round(peak / 1e12, 3), rows=figures), **settings)
+        path = write_figures("step", dict(peak_tflops=float(f"{peak / 1e12:.4g}"), rows=figures), **settings)
         print(f"written to {path}")
 
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from lmim.config import Config, ConfigError, DataConfig, validate
+from lmim.config import ConfigError, validate
 from lmim.data.loader import DataError, open_shards, open_stream, train_batches
 from lmim.data.transforms import CROP, FLIP
 from lmim.dist import Topology
+from lmim.options import Config, DataConfig
 from lmim.patches import MASK
 from lmim.randomness import draw
 

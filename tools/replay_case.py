@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lmim import LatentMIM
-from lmim.config import ConfigError, ModelConfig, ObjectiveConfig, OptimConfig
+from lmim.config import ConfigError
 from lmim.convert import from_authors, to_authors
 from lmim.optim import build_adamw, ema_update, parameter_groups, set_learning_rate
+from lmim.options import ModelConfig, ObjectiveConfig, OptimConfig
 from lmim.patches import Views, gather_patches
 from lmim.schedules import Schedules
 

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from lmim.config import ConfigError
-from lmim.data.shards import MEMBER, ShardIndex, ShardTable, scan_tar, tar_members
+from lmim.data.shards import MEMBER, ShardIndex, scan_tar, tar_members
 from lmim.data.sources import Images, Names, Source, SourceImage, quoted, read_range, suffix_of
 from lmim.data.transforms import IMAGE_SUFFIXES
 

@@ -24,7 +24,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import FastCollateMixup
 from timm.data.random_erasing import RandomErasing
 
-from lmim.config import FinetuneConfig
+from lmim.options import FinetuneConfig
 from lmim.patches import IMAGENET_MEAN, IMAGENET_STD
 from lmim.randomness import draw, purpose
 

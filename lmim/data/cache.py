@@ -170,7 +170,7 @@ class ReadAhead:
         done: Sequence[Wanted] = ()
         while True:
             with self._news:
-                self._news.wait_for(lambda: self._wanted is not done)
+                self._news.wait_for(lambda done=done: self._wanted is not done)
                 shards = self._wanted
             if shards is None:
                 return

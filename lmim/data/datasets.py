@@ -18,8 +18,8 @@ from PIL import Image
 from lmim.config import ConfigError
 from lmim.data.archives import open_imagenet, open_tars
 from lmim.data.parquet import open_parquet
-from lmim.data.storage import expand as expand_addresses
 from lmim.data.sources import Images, Source, SourceImage, holds_images, open_folder
+from lmim.data.storage import expand as expand_addresses
 
 __all__ = ["EMBEDDED_SPLITS", "Source", "SourceImage", "expand", "open_source", "read_idx"]
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded" / "fashion_mnist"

@@ -2,8 +2,8 @@
 
 Owns the walk along the endless stream of epochs. Position p of the stream is sample p mod n of epoch p div n, in the
 order of `EpochPlan`; step s takes positions [s·G, (s+1)·G), so every sample comes once an epoch, batches run across
-the ends of epochs, and nothing is dropped or repeated unless `data.tail` says so. The invariant: what a step holds is a function of the step
-alone, whatever the ranks, the workers and where the run was resumed; seeking costs nothing.
+the ends of epochs, and nothing is dropped or repeated unless `data.tail` says so. The invariant: what a step holds is a
+function of the step alone, whatever the ranks, the workers and where the run was resumed; seeking costs nothing.
 
 The stages are joined by webdataset's `DataPipeline`; its shard list and tar reader give way to reads by offset, since a
 sequential reader can neither seek nor split a shard over ranks.
@@ -31,7 +31,7 @@ import torch
 import webdataset as wds
 from torch import Tensor
 
-from lmim.config import Config, ConfigError, DataConfig, Split
+from lmim.config import ConfigError, Split
 from lmim.data.augment import Augment
 from lmim.data.cache import ReadAhead, ShardCache, Wanted
 from lmim.data.datasets import open_source
@@ -43,8 +43,9 @@ from lmim.data.shards import INDEX, Sample, ShardIndex, ShardReader
 from lmim.data.storage import Damaged, Storage, StorageOptions, is_remote
 from lmim.data.transforms import ImageError, eval_view, train_view
 from lmim.dist import Topology, available_cores, barrier
-from lmim.stop import ignore_stop_signals
+from lmim.options import Config, DataConfig
 from lmim.randomness import sample_key
+from lmim.stop import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 UNREADABLE = -2  # label of an evaluation image that could not be read
@@ -76,9 +77,7 @@ def open_shards(option: str, spec: str | list[str], run_folder: Path, storage: S
         return None
     specs = spec if isinstance(spec, list) else [spec]
     indexes = [
-        ShardIndex.open(
-            _sharded(one, run_folder), option=option, storage=storage, max_bad_fraction=max_bad_fraction
-        )
+        ShardIndex.open(_sharded(one, run_folder), option=option, storage=storage, max_bad_fraction=max_bad_fraction)
         for one in specs
     ]
     return ShardIndex.join(indexes, option)
@@ -317,8 +316,10 @@ class Receive:
         return moved
 
 
-def default_workers(topology: Topology) -> int:
-    """Return a rank's share of the cores less one for itself, at most 16: none where ranks fill the cores."""
+def loader_workers(config: DataConfig, topology: Topology) -> int:
+    """Return `data.workers`; empty: a rank's share of the cores less one for itself, none where ranks fill them."""
+    if config.workers is not None:
+        return config.workers
     return max(min(available_cores() // topology.local_world_size - 1, MAX_WORKERS), 0)
 
 
@@ -364,7 +365,8 @@ def train_batches(config: DataConfig, index: ShardIndex, *, seed: int, size: int
                     number, deaths = number + 1, 0
                     yield batch
                     del batch  # so that its memory is free for the next
-            except (RuntimeError, OSError, EOFError) as error:  # the last two: batches that the dead had not handed over
+            # the last two: batches that the dead had not handed over
+            except (RuntimeError, OSError, EOFError) as error:
                 if not _one_died(workers):
                     raise
                 deaths += 1
@@ -425,7 +427,7 @@ def _as_it_is(filled: Filled) -> Filled:
 
 def _loader(config: DataConfig, index: ShardIndex, seed: int, decode: Decode, split: Split, topology: Topology,
             start: int, stop: int) -> torch.utils.data.DataLoader:  # fmt: skip
-    workers = min(default_workers(topology) if config.workers is None else config.workers, stop - start)
+    workers = min(loader_workers(config, topology), stop - start)
     # one that is filled, one that the trainer reads, and those between
     decode.memory = BatchMemory(workers, PREFETCH + 2, split.micro_batch, decode.size) if workers else None
     fetch = Fetch(open_stream(config, index, seed), ShardReader(index), split.micro_batch)
@@ -451,7 +453,8 @@ class EvalImages(torch.utils.data.Dataset):
         return len(self.sample_ids)
 
     def __getitems__(self, places: list[int]) -> list[tuple[Tensor, int]]:
-        return [self._view(i, sample) for i, sample in zip(places, self.reader.read_many(self.sample_ids[places]))]
+        samples = self.reader.read_many(self.sample_ids[places])
+        return [self._view(i, sample) for i, sample in zip(places, samples, strict=True)]
 
     def _view(self, place: int, sample: Sample | Damaged) -> tuple[Tensor, int]:
         try:

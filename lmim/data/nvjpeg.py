@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from lmim.config import DataConfig
 from lmim.data.transforms import FLIP, jpeg_size, random_resized_crop_box
+from lmim.options import DataConfig
 from lmim.randomness import uniform
 
 
@@ -62,7 +62,8 @@ def decode_views(images_BCHW: Tensor, jpegs: list[Undecoded]) -> list[int]:
 def _decode(data: list[Tensor], device: torch.device) -> list[Tensor | None]:
     """Decode JPEGs to RGB (3, H, W); one that is broken spoils its batch in nvJPEG, so then each is tried alone."""
     try:
-        with warnings.catch_warnings():  # torchvision 0.29 points to TorchCodec, which older ones do not have beside them
+        # torchvision 0.29 points to TorchCodec, which older ones do not have beside them
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return decode_jpeg(data, ImageReadMode.RGB, device) if data else []
     except RuntimeError:

@@ -26,7 +26,7 @@ NUMBERED = re.compile(r"(.*)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 
 
 def open_parquet(spec: str, paths: Sequence[Path], option: str) -> Source:
-    """List the images of Parquet files; keys are 'FILE/ROW'. `ConfigError` for files without images and mixed splits."""
+    """List the images of Parquet files; keys are 'FILE/ROW'. ConfigError: files without images, mixed splits."""
     try:
         import pyarrow.parquet as pq
         from pyarrow import ArrowInvalid

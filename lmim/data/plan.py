@@ -155,8 +155,10 @@ class Stream:
     the batch is filled up from the same epoch's beginning. An epoch is one pass over `epoch_samples` positions.
     """
 
-    def __init__(self, starts: np.ndarray, *, seed: int, global_batch: int, parts: Sequence[int] = (0,),
-                 weights: Sequence[float] = (), block_shards: int = 64, lanes: int = 1, tail: str = "carry"):  # fmt: skip
+    def __init__(
+        self, starts: np.ndarray, *, seed: int, global_batch: int, parts: Sequence[int] = (0,),
+        weights: Sequence[float] = (), block_shards: int = 64, lanes: int = 1, tail: str = "carry",
+    ):  # fmt: skip
         assert tail in TAILS and (tail == "carry" or not weights)
         total = int(starts[-1])
         whole = total // global_batch if tail == "drop" else -(-total // global_batch)

@@ -152,8 +152,10 @@ def write_shards(source: Source, folder: str | Path, *, overwrite: bool = False,
     return run_plan(plan, folder, overwrite=overwrite, workers=workers, part=part, progress=progress)
 
 
-def run_plan(plan: ShardPlan, folder: str | Path, *, overwrite: bool = False, workers: int = 1,
-             part: tuple[int, int] = (1, 1), progress: Callable[[Done], None] | None = None) -> ShardIndex | None:  # fmt: skip
+def run_plan(
+    plan: ShardPlan, folder: str | Path, *, overwrite: bool = False, workers: int = 1,
+    part: tuple[int, int] = (1, 1), progress: Callable[[Done], None] | None = None,
+) -> ShardIndex | None:  # fmt: skip
     """Write the shards of a plan; see `write_shards`."""
     source, order, bounds, _ = plan
 
@@ -180,7 +182,8 @@ def index_tars(paths: Sequence[str | Path], folder: str | Path, *, check: str = 
     tars = [str(path) if is_remote(str(path)) else str(Path(path).absolute()) for path in paths]
     storage = Storage()
     sizes = [(0, storage.size(tar)) for tar in tars]
-    listing = hashlib.sha256("".join(f"{tar}\0{size}\n" for tar, (_, size) in zip(tars, sizes, strict=True)).encode()).hexdigest()
+    words = "".join(f"{tar}\0{size}\n" for tar, (_, size) in zip(tars, sizes, strict=True))
+    listing = hashlib.sha256(words.encode()).hexdigest()
     plan = Plan(f"{len(tars)} tars", dict(index_only=True, check=check), listing, len(tars), 0, None, ())
     work = partial(_index_tar, plan.identity, check, Path(folder))
     return _run(plan, Path(folder), lambda n: (n, tars[n]), work, sizes, overwrite, workers, part, progress)
@@ -191,7 +194,9 @@ def _run(plan: Plan, folder: Path, task: Callable[[int], Any], work: Callable[[A
          progress: Callable[[Done], None] | None) -> ShardIndex | None:  # fmt: skip
     """Do the tasks of a plan that are not done, and finish it; `sizes` are images and bytes of each shard."""
     if workers < 1 or not 1 <= part[0] <= part[1]:
-        raise ConfigError(f"workers ({workers}) must be at least 1, and part ({part[0]}/{part[1]}) i/n with 1 <= i <= n")
+        raise ConfigError(
+            f"workers ({workers}) must be at least 1, and part ({part[0]}/{part[1]}) i/n with 1 <= i <= n"
+        )
     if begin(folder, plan, overwrite):
         return ShardIndex.open(folder, option="DST")
     mine = range(part[0] - 1, plan.shards, part[1])
@@ -328,7 +333,7 @@ def open_here(url: str, storage: Storage) -> BinaryIO:
     """Open a local tar, or a passing copy of a remote one, of which every byte is to be read."""
     if not is_remote(url):
         return open(url, "rb")
-    file = tempfile.TemporaryFile()
+    file = tempfile.TemporaryFile()  # noqa: SIM115  whoever asked closes it
     file.writelines(storage.fetch(url))
     file.seek(0)
     return file

@@ -27,8 +27,8 @@ import numpy as np
 import xxhash
 
 from lmim.config import ConfigError
-from lmim.data.plan import Recent
 from lmim.data.cache import ShardCache, Wanted
+from lmim.data.plan import Recent
 from lmim.data.sources import holds_images
 from lmim.data.storage import PIPE, Damaged, Storage, expand, is_remote, without_secrets
 from lmim.data.transforms import IMAGE_SUFFIXES
@@ -186,7 +186,11 @@ class ShardIndex:
         shards = [shard._replace(name=index.url(n), table=_join(index.folder, shard.table))
                   for index in indexes for n, shard in enumerate(index.shards)]  # fmt: skip
         parts = np.cumsum([0, *(len(index.shards) for index in indexes)]).tolist()
-        tables = {begin + n: table for begin, index in zip(parts, indexes) for n, table in index._scanned.items()}
+        tables = {
+            begin + n: table
+            for begin, index in zip(parts, indexes, strict=False)
+            for n, table in index._scanned.items()
+        }
         return ShardIndex(", ".join(index.folder for index in indexes), shards, parts=parts[:-1], tables=tables,
                           classes=first.classes if same else None, labelled=same, storage=first.storage,
                           skipped=[skip for index in indexes for skip in index.skipped])  # fmt: skip

@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -140,7 +141,7 @@ class Storage:
     def open(self, url: str) -> BinaryIO:
         """Open a local or remote object for reading and seeking, such as a tar whose headers are to be read."""
         if url.startswith(PIPE):
-            file = tempfile.TemporaryFile()
+            file = tempfile.TemporaryFile()  # noqa: SIM115  whoever asked closes it
             file.writelines(self.fetch(url))
             file.seek(0)
             return file
@@ -163,10 +164,8 @@ class Storage:
         if not hasattr(os, "posix_fadvise"):
             return
         for path, start, stop in wanted:
-            try:
+            with suppress(OSError):  # the read that follows says what is wrong
                 os.posix_fadvise(self._file(path).fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
-            except OSError:
-                pass  # the read that follows says what is wrong
 
     def _local(self, path: str, start: int, stop: int) -> bytes | Damaged:
         try:
@@ -195,7 +194,7 @@ class Storage:
 
                 # no limit for the whole: large objects take long; one for connecting and for every pause
                 timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-                settings = dict(client_kwargs=dict(timeout=timeout))
+                settings = dict(client_kwargs=dict(timeout=timeout, trust_env=True))  # ~/.netrc, proxies
             elif protocol == "s3":
                 settings = dict(config_kwargs=dict(connect_timeout=timeout_s, read_timeout=timeout_s,
                                                    retries=dict(max_attempts=1)))  # fmt: skip
@@ -273,7 +272,9 @@ class Storage:
         """Yield what a command prints; its exit code counts, and nothing of it is left running."""
         shown = without_secrets(url)
         if not self.options.allow_pipe:
-            raise ConfigError(f"{shown}: running commands is off: set data.allow_pipe=true if you trust where it is from")
+            raise ConfigError(
+                f"{shown}: running commands is off: set data.allow_pipe=true if you trust where it is from"
+            )
         process = subprocess.Popen(url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE, start_new_session=True)
         assert process.stdout is not None
         try:

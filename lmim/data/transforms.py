@@ -190,7 +190,7 @@ def train_view(data: bytes, size: int, scale: Sequence[float], ratio: Sequence[f
 
 
 def eval_view(data: bytes, resize: int, crop: int) -> np.ndarray:
-    """Decode an image file and return torchvision's Resize(resize, bicubic) and CenterCrop(crop): uint8 (crop, crop, 3).
+    """Decode an image file and return torchvision's bicubic Resize(resize) and CenterCrop(crop): uint8 (crop, crop, 3).
 
     Pillow's exact pixels, whatever `data.decoder` says. Beyond the image's edges, where `crop` exceeds `resize`, the
     view is black. Raises `ImageError`.
@@ -253,7 +253,7 @@ def _turbo_header(data: bytes) -> tuple[int, int, str] | None:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return the height and width of a JPEG in grey or YCbCr, None for any other file; `ImageError` beyond the limit."""
+    """Return the height and width of a JPEG in grey or YCbCr, None for any other file; ImageError beyond the limit."""
     header = _turbo_header(data)
     return None if header is None else header[:2]
 

@@ -56,7 +56,7 @@ class Plan:
 
 
 class Record(NamedTuple):
-    """A finished shard: its plan's identity, what it holds, how many images were to be in it, and those that are not."""
+    """A finished shard: its plan's identity, what it holds, how many images it was to hold, and those that it lacks."""
 
     plan: str
     shard: Shard
@@ -140,8 +140,7 @@ def _finished_plan(path: Path) -> str | None:
 
 def _difference(old: Plan, new: Plan) -> str:
     names = sorted(old.options.keys() | new.options.keys())
-    pairs = ((name, old.options[name] if name in old.options else None,
-              new.options[name] if name in new.options else None) for name in names)  # fmt: skip
+    pairs = ((name, old.options.get(name), new.options.get(name)) for name in names)
     found = [f"{name} {was} there, {now} now" for name, was, now in pairs if was != now]
     if old.listing != new.listing:
         found.append(f"{old.images} images of {old.source} there, {new.images} of {new.source} now, "
@@ -158,7 +157,8 @@ def claimed(path: Path) -> Iterator[BinaryIO]:
     part = path.with_name(path.name + PART)
     start = time.monotonic()
     while True:
-        file = open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "wb", buffering=WRITE_BUFFER)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        file = open(descriptor, "wb", buffering=WRITE_BUFFER)  # noqa: SIM115  it stays open while it is locked
         try:
             # a POSIX lock: another run, or a worker that outlived its own, may be writing the same shard
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -257,7 +257,8 @@ def _name_files(folder: Path, shards: Sequence[Shard]) -> None:
     for name in names:
         if not is_remote(name) and not os.path.isabs(name) and (folder / UNFINISHED / name).exists():
             os.replace(folder / UNFINISHED / name, folder / name)
-    kept = {os.path.realpath(folder / name) for name in names if not is_remote(name)}  # indexed tars may lie here, under such names
+    # indexed tars may lie here, under such names
+    kept = {os.path.realpath(folder / name) for name in names if not is_remote(name)}
     for path in list(folder.iterdir()):
         if OURS.fullmatch(path.name) and os.path.realpath(path) not in kept:
             path.unlink()

@@ -20,8 +20,8 @@ import xxhash
 from lmim.config import ConfigError
 from lmim.data.pool import Report, run_tasks
 from lmim.data.progress import Done
-from lmim.data.shards import INDEX, Shard, ShardIndex, ShardTable, checksum, scan_tar
 from lmim.data.sharding import open_here, read_through
+from lmim.data.shards import INDEX, Shard, ShardIndex, ShardTable, checksum, scan_tar
 from lmim.data.storage import Damaged, is_remote
 from lmim.data.transforms import ImageError, decode_rgb
 
@@ -77,8 +77,8 @@ def verify_shards(folder: str | Path, *, decode: int = 16, workers: int = 1,
 
     report(0, 0)
     tasks = ((index.url(number), number) for number in range(len(index.shards)))
-    found = list(run_tasks(partial(_verify_shard, index, decode), tasks, workers=max(1, min(workers, len(index.shards))),
-                           report=report))  # fmt: skip
+    workers = max(1, min(workers, len(index.shards)))
+    found = list(run_tasks(partial(_verify_shard, index, decode), tasks, workers=workers, report=report))
     found.sort(key=lambda one: one.number)
     names = [shard.name for shard in index.shards]
     problems = [(names[one.number], problem) for one in found for problem in one.problems]
@@ -186,8 +186,11 @@ def _differences(expected: ShardTable, found: ShardTable) -> list[str]:
             if was != now and not (column == "checksums" and was == -1):
                 problems.setdefault(words, []).append(_member(found, place))
                 break
-    return [f"{', '.join(members[:NAMED])}{f' and {len(members) - NAMED} more' if len(members) > NAMED else ''}: {words}"
-            for words, members in problems.items()]  # fmt: skip
+    told = []
+    for words, members in problems.items():
+        more = f" and {len(members) - NAMED} more" if len(members) > NAMED else ""
+        told.append(f"{', '.join(members[:NAMED])}{more}: {words}")
+    return told
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------

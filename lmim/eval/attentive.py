@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmim import dist
-from lmim.config import Config
 from lmim.data.loader import UNREADABLE
 from lmim.data.shards import ShardIndex
 from lmim.eval.case import Case, check_classes, check_labels, check_several_classes, opened
 from lmim.eval.features import Reading, Subject, check_readings, image_batches, none_readable
 from lmim.eval.linear import held_out_split
+from lmim.options import Config
 from lmim.patches import normalize_images
 from lmim.vit import NORM_EPS, CrossAttention, init_parameters
 
@@ -106,7 +106,7 @@ def fit(tokens: Tokens, fitted: np.ndarray, probes: nn.ModuleList, config: Confi
     probe, rates = config.probe, config.probe.attentive_learning_rates
     parameters = list(probes.parameters())
     optimizer = torch.optim.AdamW([dict(params=p.parameters(), lr=r) for p, r in zip(probes, rates, strict=True)],
-                                  betas=BETAS, weight_decay=probe.weight_decay)  # fmt: skip
+                                  betas=BETAS, weight_decay=probe.weight_decay or 0.0)  # fmt: skip
     generator = np.random.default_rng(config.run.seed)
     total, step = probe.attentive_epochs * math.ceil(len(fitted) / probe.attentive_batch), 0
     for _ in range(probe.attentive_epochs):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lmim.config import Config, ConfigError, check
+from lmim.config import ConfigError, check
 from lmim.data.loader import open_data
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
@@ -26,6 +26,7 @@ from lmim.eval.features import Features, Reading, Subject, View, check_readings,
 from lmim.eval.results import record
 from lmim.eval.session import encoder_of, on_ranks
 from lmim.formats import build_decoder, read_weights
+from lmim.options import Config
 from lmim.vit import init_parameters
 
 logger = logging.getLogger(__name__)

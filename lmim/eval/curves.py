@@ -13,6 +13,7 @@ import numpy as np
 
 from lmim.eval.history import History
 from lmim.health import ALIKE
+from lmim.norms import GRADIENT, RATIO
 from lmim.objective import chance_level
 
 BINS = 300  # points of a curve: about one for each pixel of a chart
@@ -113,14 +114,20 @@ def charts(history: History) -> list[Chart]:
         _similarities(history),
         _accuracies(history),
         _effective_rank(history),
+        _simple(history, "target_deviation", "target_deviation", "Deviation of targets across images",
+                at_least=(0.0, 1.0)),
         _simple(history, "grad_norm", "gradient_norm", "Gradient norm", logarithmic=True),
+        _of_parts(history, GRADIENT, "gradient_norms", "Gradient norm of each part"),
+        _of_parts(history, RATIO, "updates", "Update of each part, as a share of its weights"),
         _simple(history, "lr", "learning_rate", "Learning rate"),
         _simple(history, "momentum", "momentum", "Momentum of the target (EMA)"),
         _simple(history, "images_per_second", "images_per_second", "Images per second", at_least=(0.0, 0.0)),
         _simple(history, "mfu", "mfu", "Model FLOPs utilisation (MFU)", scale=100, unit=" %", at_least=(0.0, 0.0)),
         _simple(history, "data_wait", "data_wait", "Time spent waiting for data", scale=100, unit=" %",
                 at_least=(0.0, 5.0)),
-        _simple(history, "memory_gib", "memory", "Peak memory of the first rank", unit=" GiB", at_least=(0.0, 0.0)),
+        _simple(history, "rank_spread", "rank_spread", "Excess of the slowest rank's own work (of a step)", scale=100,
+                unit=" %", at_least=(0.0, 5.0)),
+        _simple(history, "memory_gib", "memory", "Peak memory of the fullest rank", unit=" GiB", at_least=(0.0, 0.0)),
     ]  # fmt: skip
     return [chart for chart in found if chart is not None]
 
@@ -148,6 +155,15 @@ def _simple(history: History, key: str, name: str, title: str, *, scale: float =
         return None
     logarithmic = logarithmic and bool((series.low > 0).all())
     return Chart(name, title, [series], unit=unit, logarithmic=logarithmic, at_least=at_least)
+
+
+def _of_parts(history: History, ahead: str, name: str, title: str) -> Chart | None:
+    keys = [key for key in history.log if key.startswith(ahead)]
+    found = [_column(history, key, key.removeprefix(ahead), number) for number, key in enumerate(keys)]
+    series = [one for one in found if one is not None]
+    if not series:
+        return None
+    return Chart(name, title, series, logarithmic=all((one.low > 0).all() for one in series))
 
 
 def _loss(history: History) -> Chart | None:

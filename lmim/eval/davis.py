@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lmim.config import Config, ConfigError, DavisConfig, check
+from lmim.config import ConfigError, check
 from lmim.data.transforms import ImageError, decode_rgb
 from lmim.dist import Topology, progress
 from lmim.eval.masks import VOID, boundary_measure, image_size, over_frames, read_mask, region_measure, write_mask
 from lmim.eval.results import make_folder, record
 from lmim.eval.session import check_layer, in_turns, on_ranks, open_encoder
+from lmim.options import Config, DavisConfig
 from lmim.patches import normalize_images
 from lmim.vit import VisionTransformer
 

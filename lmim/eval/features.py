@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmim import dist
-from lmim.config import Config, ConfigError, model_dimensions
-from lmim.data.loader import UNREADABLE, default_workers, eval_batches
+from lmim.config import ConfigError, model_dimensions
+from lmim.data.loader import UNREADABLE, eval_batches, loader_workers
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology, gather_rows
 from lmim.eval.feature_cache import FeatureCache, identity_of
+from lmim.options import Config
 from lmim.patches import normalize_images
 from lmim.vit import Decoder, VisionTransformer
 
@@ -220,5 +221,5 @@ def none_readable(index: ShardIndex) -> ConfigError:
 def image_batches(index: ShardIndex, ids: np.ndarray, view: View, config: Config,
                   topology: Topology) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield (uint8 images (B, 3, S, S), labels (B,)) of samples in their order, `eval.batch` at a time."""
-    workers = default_workers(topology) if config.data.workers is None else config.data.workers
+    workers = loader_workers(config.data, topology)
     return eval_batches(index, ids, resize=view.resize, crop=view.crop, batch=config.eval.batch, workers=workers)

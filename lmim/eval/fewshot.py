@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmim import dist
-from lmim.config import Config, ConfigError, ProbeConfig
+from lmim.config import ConfigError
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
 from lmim.eval.case import check_classes, check_labels, check_several_classes, class_count, class_name, opened
 from lmim.eval.features import Features, Reading, check_readings, reading_of
+from lmim.options import Config, ProbeConfig
 
 CONFIDENCE = 0.95
 RIDGE_PER_WIDTH = 0.1  # the default penalty: standardised features of width D have length √D

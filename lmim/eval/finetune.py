@@ -21,16 +21,7 @@ import torch
 
 from lmim import dist, store
 from lmim.classifier import Classifier
-from lmim.config import (
-    Config,
-    ConfigError,
-    ModelConfig,
-    ObjectiveConfig,
-    check,
-    crop_size,
-    duration_steps,
-    model_dimensions,
-)
+from lmim.config import ConfigError, check, crop_size, duration_steps, model_dimensions
 from lmim.data.augment import Augment
 from lmim.data.loader import UNREADABLE, Batch
 from lmim.data.shards import ShardIndex
@@ -40,7 +31,9 @@ from lmim.eval.features import eval_sizes, image_batches, none_readable
 from lmim.eval.results import record
 from lmim.eval.session import open_encoder
 from lmim.metrics import EVAL_FILE, LOG_FILE, read_rows
+from lmim.options import Config, ModelConfig, ObjectiveConfig
 from lmim.parallel import Backend
+from lmim.profiling import classifier_flops
 from lmim.schedules import Hyper
 from lmim.vit import VisionTransformer
 
@@ -87,6 +80,9 @@ class Finetuning:
 
     def loading(self) -> dict[str, Any]:
         return dict(labels=self.labels, augment=Augment(self.config.finetune, crop_size(self.config.model)))
+
+    def flops_per_image(self) -> int:
+        return classifier_flops(self.config, self.classes)
 
     def inputs(self, batch: Batch, hyper: Hyper) -> tuple[Any, ...]:
         return batch.images, batch.keys, batch.labels, batch.shares

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmim.checkpoint import complete
-from lmim.config import Config, ConfigError, duration_steps, load_config
+from lmim.config import ConfigError, duration_steps, load_config
 from lmim.eval.knn import RESULTS_FILE as KNN_FILE
 from lmim.eval.knn import read_results as read_knn
 from lmim.eval.results import RESULTS_FILE, read_results
 from lmim.metrics import EVAL_FILE, LOG_FILE, TEXT_FILE, UNREADABLE_FOLDER
+from lmim.options import Config
 
 logger = logging.getLogger(__name__)
 NEEDED = ("step", "epoch", "loss")  # of a row of the log

@@ -11,12 +11,13 @@ from statistics import fmean
 
 import numpy as np
 
-from lmim.config import Config, ConfigError, neighbours_of
+from lmim.config import ConfigError, neighbours_of
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
 from lmim.eval import fewshot, knn
 from lmim.eval.case import check_classes, check_labels
 from lmim.eval.features import Features, Subject, check_readings, eval_sizes, extract, reading_of
+from lmim.options import Config
 from lmim.vit import VisionTransformer
 
 EVALUATIONS = ("knn", "gallery", "fewshot")  # each due after `eval.NAME_every`

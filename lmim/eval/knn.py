@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmim import dist
-from lmim.config import Config, neighbours_of
+from lmim.config import neighbours_of
 from lmim.data.shards import ShardIndex
 from lmim.dist import Topology
 from lmim.eval.case import Case, check_classes, class_count, opened
 from lmim.eval.features import Features, Reading, Subject, check_readings, reading_of
 from lmim.eval.results import told_if_not_written
+from lmim.options import Config
 
 logger = logging.getLogger(__name__)
 CHUNK = 256  # queries at a time

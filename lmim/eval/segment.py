@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lmim.config import Config, ConfigError, check
+from lmim.config import ConfigError, check
 from lmim.data.loader import open_shards
 from lmim.data.shards import ShardReader
 from lmim.data.sources import open_folder
@@ -42,6 +42,7 @@ from lmim.eval.masks import confusion, matched_iou, read_mask
 from lmim.eval.panels import Panel, draw_panels
 from lmim.eval.results import make_folder, record
 from lmim.eval.session import check_layer, in_turns, on_ranks, open_encoder
+from lmim.options import Config
 from lmim.vit import VisionTransformer
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lmim.config import VARIANTS, Config, ConfigError, model_dimensions
+from lmim.config import ConfigError, model_dimensions
 from lmim.dist import Topology, discover, fail, gather_objects, init, shutdown
 from lmim.formats import Weights, build_encoder, read_weights
+from lmim.options import VARIANTS, Config
 from lmim.vit import VisionTransformer
 
 Outcome = TypeVar("Outcome")

@@ -11,10 +11,11 @@ import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from lmim.config import Config, flatten
+from lmim.config import flatten
 from lmim.eval.curves import charts, evaluation_label
 from lmim.eval.history import History
 from lmim.eval.svg import number
+from lmim.options import Config
 
 # shares from 0 to 1, by their names: they are written in percent
 SHARES = re.compile(

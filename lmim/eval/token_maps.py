@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lmim.config import Config, ConfigError
+from lmim.config import ConfigError
 from lmim.data.loader import UNREADABLE, DataError, eval_batches, open_shards
 from lmim.data.shards import ShardIndex
 from lmim.data.storage import StorageError
@@ -20,6 +20,7 @@ from lmim.eval.clusters import patch_tokens, tsne_points, ward_clusters
 from lmim.eval.features import eval_sizes
 from lmim.eval.history import History
 from lmim.formats import load_encoder
+from lmim.options import Config
 
 CLUSTER_COUNTS = [3, 4, 5]
 IMAGES = 8

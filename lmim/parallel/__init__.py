@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lmim.config import Config, Split
+from lmim.config import Split
 from lmim.dist import Topology
+from lmim.options import Config
 from lmim.schedules import Hyper
 from lmim.store import Piece
 
@@ -27,7 +28,7 @@ class Trainable(Protocol):
     `forward` takes tensors and numbers, and returns an `output`.
     """
 
-    output: type[tuple]  # a NamedTuple of scalars, all on the device; only its `loss` carries a gradient
+    output: type[tuple]  # a NamedTuple of tensors on the device, of which scalars are logged; `loss` has a gradient
 
     def parts(self) -> tuple[nn.Module, ...]:
         """Return what is cut as a root of its own, of all parameters; each has `blocks`, which are cut further."""
@@ -55,6 +56,7 @@ class Backend(Protocol):
     """One step is: begin_step, forward_backward of every micro-batch, finish_step; all of it stays on the device."""
 
     topology: Topology
+    model: Any  # what `prepare` built, as it is trained
 
     def prepare(self, build: Callable[[], Trainable]) -> None:
         """Build the model on `meta`, place and initialise it, and make the optimizer."""
@@ -70,6 +72,9 @@ class Backend(Protocol):
 
         Where that is not finite, weights and moments stay as they are, on all ranks.
         """
+
+    def gradients(self) -> list[Piece]:
+        """Return what this rank holds of the gradient of every trained weight, before `finish_step`; may be nothing."""
 
     def infer(self, which: str) -> AbstractContextManager[Any]:
         """Lend a part of the model ("online", "target"; "": the whole) for evaluation: no gradient, no noise, fp32."""
@@ -88,6 +93,16 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free what the backend holds; the process group stays."""
+
+
+def weights_are_cut(config: Config) -> bool:
+    """Tell whether a forward gathers weights, and so waits for other ranks."""
+    parallel = config.parallel
+    return (
+        parallel.shard_ranks != 1
+        if parallel.backend == "fsdp"
+        else (parallel.backend == "deepspeed" and parallel.zero_stage == 3)
+    )
 
 
 def autocast(topology: Topology, config: Config) -> AbstractContextManager:

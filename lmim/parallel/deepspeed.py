@@ -17,7 +17,9 @@ Measured facts this file stands on (DeepSpeed 0.19):
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -28,7 +30,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import Tensor, nn
 
 from lmim import dist
-from lmim.config import Config, ConfigError, Split
+from lmim.config import ConfigError, Split
 from lmim.dist import Topology
 from lmim.optim import (
     MOMENTS,
@@ -40,6 +42,7 @@ from lmim.optim import (
     set_steps_taken,
     steps_taken,
 )
+from lmim.options import Config
 from lmim.parallel import Trainable, attention_kernel, lend, lend_whole, prepare_blocks
 from lmim.parallel.engine import engine_config
 from lmim.schedules import Hyper
@@ -53,6 +56,8 @@ class DeepSpeedBackend:
         self.cut = config.parallel.zero_stage == 3  # weights too
         self.engine_config = engine_config(config, split)
         deepspeed.utils.logger.setLevel(logging.WARNING)
+        # torch 2.14 would say twice a step that DeepSpeed calls collectives by their old names
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         try:
             DeepSpeedConfig(copy.deepcopy(self.engine_config))
         except (DeepSpeedConfigError, ValueError, AssertionError) as error:
@@ -81,6 +86,7 @@ class DeepSpeedBackend:
         dist.set_timeout([self.engine.data_parallel_group], self.config.parallel.timeout_minutes)
         if self.cut:
             self._share_masters()
+            self._hide_hooks_from_compiler()
         self._create_moments()
         self.target_weights, self.online_weights = self._pairs()
 
@@ -104,6 +110,17 @@ class DeepSpeedBackend:
         ):
             if weights is not None and (master.device, master.dtype) == (weights.device, weights.dtype):
                 master.data = weights.data
+
+    def _hide_hooks_from_compiler(self) -> None:
+        """Let `torch.compile` break at ZeRO-3's gathering and releasing rather than look into it.
+
+        DeepSpeed hides its hook before a layer but not the one after it. While backward computes a block anew, that one
+        meets released weights whose gradients are still whole, which the compiler's copy of a tensor cannot be.
+        """
+        offload = self.engine.optimizer.parameter_offload
+        for when, way in itertools.product(("pre", "post"), ("forward", "backward")):
+            name = f"{when}_sub_module_{way}_function"
+            setattr(offload, name, torch.compiler.disable(getattr(offload, name)))
 
     def _create_moments(self) -> None:
         """Give AdamW its state now, at zero, rather than in its first step, so that a state can be put in and out."""
@@ -152,6 +169,19 @@ class DeepSpeedBackend:
         if norm is None:
             norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.topology.device)
         return norm
+
+    def gradients(self) -> list[Piece]:
+        return [self._gradient(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _gradient(self, name: str, parameter: nn.Parameter) -> Piece:
+        if not self.zero:
+            return self._whole(name, parameter.grad)
+        if self.cut:
+            return Piece(name, tuple(parameter.ds_shape), 0, deepspeed.utils.safe_get_local_grad(parameter).view(-1))
+        ours, numbers = parameter._hp_mapping, torch.zeros(0, device=self.topology.device)
+        if ours:
+            numbers = ours.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+        return Piece(name, tuple(parameter.shape), 0, numbers)
 
     def infer(self, which: str) -> AbstractContextManager[Any]:
         part = self.model.get_submodule(which)

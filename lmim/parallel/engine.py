@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lmim.config import Config, ConfigError, Split
+from lmim.config import ConfigError, Split
+from lmim.options import Config
 from lmim.profiling import BUCKET, PREFETCH
 
 # what would break the trajectory or the target's fp32 copy: the value that does no harm, and the reason

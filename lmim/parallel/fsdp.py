@@ -15,6 +15,7 @@ Online encoder, target and decoder are three roots and not one: each can then be
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -26,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lmim import dist
-from lmim.config import Config, ConfigError, Split
+from lmim.config import ConfigError, Split
 from lmim.dist import Topology
 from lmim.optim import (
     MOMENTS,
@@ -38,6 +39,7 @@ from lmim.optim import (
     set_steps_taken,
     steps_taken,
 )
+from lmim.options import Config
 from lmim.parallel import Trainable, attention_kernel, autocast, lend_whole, prepare_blocks
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
@@ -50,6 +52,8 @@ class FsdpBackend:
     def __init__(self, config: Config, topology: Topology, split: Split):
         self.config, self.topology, self.split = config, topology, split
         self.policy = self._policy()
+        # told in every step by torch 2.14: nothing here works in place on what a part returns
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
 
     def prepare(self, build: Callable[[], Trainable]) -> None:
         self.build = build
@@ -141,6 +145,9 @@ class FsdpBackend:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def gradients(self) -> list[Piece]:
+        return [self._piece(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
 
     def infer(self, which: str) -> AbstractContextManager[Any]:
         return lend_whole(self.build, which, self._whole(self.model.get_submodule(which)), self.topology)

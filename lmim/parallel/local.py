@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmim.config import Config, Split
+from lmim.config import Split
 from lmim.dist import Topology
 from lmim.optim import (
     MOMENTS,
@@ -24,6 +24,7 @@ from lmim.optim import (
     set_steps_taken,
     steps_taken,
 )
+from lmim.options import Config
 from lmim.parallel import Trainable, attention_kernel, autocast, lend, prepare_blocks
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
@@ -65,6 +66,9 @@ class LocalBackend:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def gradients(self) -> list[Piece]:
+        return [whole(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
 
     def infer(self, which: str) -> AbstractContextManager[Any]:
         return lend(self.model.get_submodule(which), self.topology)

@@ -1,11 +1,10 @@
-"""A run over two hosts, by the deepspeed launcher and by torchrun, takes the steps of one process; hosts may die."""
+"""A run over two hosts, by launch/deepspeed.sh and torchrun.sh, takes the steps of one process; hosts may die."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from tests.conftest import REPOSITORY, TINY, free_port, losses, process_environm
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 STEPS = ["optim.duration=24st", "checkpoint.every=4st", "parallel.timeout_minutes=0.5"]
 TIME_LIMIT_S = 30 + 30  # parallel.timeout_minutes, and the end of what was started
-PROGRAMS = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
@@ -35,32 +33,32 @@ def reference(shards, tmp_path_factory) -> list[float]:
     return losses(folder)
 
 
-def words_of(shards: Path, run_folder: Path, backend: list[str]) -> list[str]:
-    return ["train", "configs/quickstart.yaml", *TINY, f"run.folder={run_folder}", f"data.train={shards}/train",
-            f"data.eval={shards}/eval", *STEPS, *backend]  # fmt: skip
+def words_of(shards: Path, run_folder: Path, backend: str) -> list[str]:
+    return ["configs/quickstart.yaml", *TINY, f"run.folder={run_folder}", f"data.train={shards}/train",
+            f"data.eval={shards}/eval", *STEPS, f"parallel.backend={backend}"]  # fmt: skip
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return what the launch scripts are told: the hosts have no default route, whose interface they would take."""
+    return dict(process_environment(), GLOO_SOCKET_IFNAME="eth0", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", **more)
 
 
 def start_by_deepspeed(hosts: Hosts, shards: Path, run_folder: Path) -> list[subprocess.Popen]:
     """Start the launcher on the first host: it reaches both by pdsh over ssh."""
-    hostfile, environment = hosts.folder / "hostfile", hosts.folder / "deepspeed_env"
+    hostfile = hosts.folder / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES.values()))
-    environment.write_text("GLOO_SOCKET_IFNAME=eth0\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nCUDA_VISIBLE_DEVICES=\n")
-    command = [str(PROGRAMS / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh_check", "--master_addr",
-               ADDRESSES["host-a"], "--master_port", str(free_port()), "--module", "lmim",
-               *words_of(shards, run_folder, ["parallel.backend=deepspeed"])]  # fmt: skip
-    settings = dict(process_environment(), PDSH_RCMD_TYPE="ssh", PDSH_SSH_ARGS_APPEND=f"-F {hosts.ssh_config}",
-                    DS_ENV_FILE=str(environment), DS_ACCELERATOR="cpu")  # fmt: skip
+    settings = environment(HOSTFILE=str(hostfile), PDSH_SSH_ARGS_APPEND=f"-F {hosts.ssh_config}",
+                           MASTER_PORT=str(free_port()))  # fmt: skip
+    command = ["bash", "launch/deepspeed.sh", *words_of(shards, run_folder, "deepspeed")]
     return [_start(hosts, "host-a", command, settings)]
 
 
 def start_by_torchrun(hosts: Hosts, shards: Path, run_folder: Path) -> list[subprocess.Popen]:
     """Start torchrun on each host; they meet at the first."""
-    port = free_port()
-    settings = dict(process_environment(), GLOO_SOCKET_IFNAME="eth0", OMP_NUM_THREADS="1")
-    command = [str(PROGRAMS / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
-               "--rdzv-id", "two", "--rdzv-endpoint", f"host-a:{port}", "-m", "lmim",
-               *words_of(shards, run_folder, ["parallel.backend=fsdp"])]  # fmt: skip
-    return [_start(hosts, name, command, settings) for name in NAMES]
+    command = ["bash", "launch/torchrun.sh", *words_of(shards, run_folder, "fsdp")]
+    meeting = dict(NODES="2", GPUS="1", MASTER_ADDR="host-a", MASTER_PORT=str(free_port()))
+    return [_start(hosts, name, command, environment(NODE_RANK=str(number), **meeting))
+            for number, name in enumerate(NAMES)]  # fmt: skip
 
 
 def _start(hosts: Hosts, name: str, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
