@@ -49,6 +49,7 @@ class Tile(NamedTuple):
 
 def run_page(history: History, drawn: Sequence[Chart], maps: Sequence[TokenMaps], why_no_maps: str) -> str:
     """Return the page of one run."""
+    labelled = history.config is None or bool(history.config.data.eval)
     return _render(
         title=history.name,
         state=_state(history),
@@ -69,7 +70,9 @@ def run_page(history: History, drawn: Sequence[Chart], maps: Sequence[TokenMaps]
         options=tables.set_options(history.config) if history.config else None,
         config=_text(history.folder / "config.yaml"),
         command=shlex.join(["lmim", "report", str(history.folder)]),
-        evaluate=shlex.join(["lmim", "eval", "knn", str(history.folder)]),
+        evaluate=shlex.join(["lmim", "eval", "knn", str(history.folder)]) + " data.eval=SHARDS" * (not labelled),
+        labelled=labelled,
+        images_of="data.eval" if labelled else "data.train",
         runs=None,
     )
 

@@ -149,7 +149,9 @@ class Images:
 
     def megabytes(self, tag: str) -> float:
         """Return the size of an image, unpacked, all layers together."""
-        size = next(image["size"] for image in json.loads(self.buildah("images", "--json")) if tag in (image["names"] or []))
+        size = next(
+            image["size"] for image in json.loads(self.buildah("images", "--json")) if tag in (image["names"] or [])
+        )
         number, unit = size.split()
         return float(number) * {"KB": 1e-3, "MB": 1, "GB": 1e3}[unit]
 
