@@ -169,6 +169,7 @@ def _weights(history: History) -> dict[str, Any]:
     lines = [
         "import lmim",
         f"encoder = lmim.load_encoder({folder!r})  # the EMA encoder: load_encoder({folder!r}, 'target')",
+        "images = lmim.load_images(['a.jpg', 'b.jpg'], encoder)  # as the evaluations see them",
         "features = encoder.forward_intermediates(images, 1)[0][:, 1:].mean(1)  # (B, D), as the paper pools",
     ]
     export = shlex.join(["lmim", "export", folder, "vit-timm", "--format", "timm", "--check"])
