@@ -309,6 +309,9 @@ def _report(parsed: argparse.Namespace) -> int:
         return 0  # under a launcher the first rank is enough
     folders = parsed.run_folders
     told = report(folders[0], parsed.figures) if len(folders) == 1 else compare(folders, parsed.figures)
+    if len(folders) == 1:
+        print(f"healthy? {told['healthy']}")
+    print(f"page: {told['page']}")
     print(json.dumps(told))
     return 0
 

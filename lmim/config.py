@@ -163,7 +163,9 @@ def _nearest_option(key: str, known: dict[str, Any]) -> str:
     if section not in sections:
         near = difflib.get_close_matches(section, sections, n=1, cutoff=0.5)
         return f"sections are {_sections()}" + (f"; did you mean {near[0]}?" if near else "")
-    near = difflib.get_close_matches(key, [k for k in known if k.startswith(f"{section}.")], n=1, cutoff=0.0)
+    options = [option for option in known if option.startswith(f"{section}.")]
+    has_it = [option for option in options if key.rpartition(".")[2] in re.split(r"[._]", option)]  # lr is in base_lr
+    near = difflib.get_close_matches(key, has_it or options, n=1, cutoff=0.0)
     return f"did you mean {near[0]}?"
 
 

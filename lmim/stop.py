@@ -40,7 +40,13 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == "SIGINT":
             raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
+        name = signal.Signals(number).name
+        if (
+            self.reason is None and self.stop_file is not None
+        ):  # the first rank; not logged, as amid a log line it may be
+            again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+            os.write(2, f"{name}: stopping after this step, with a checkpoint{again}\n".encode())
+        self.reason = self.reason or name
 
     def _look(self) -> None:
         now = time.monotonic()

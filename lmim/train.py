@@ -133,6 +133,9 @@ class Run:
         if stream.epoch_samples == 0:
             raise ConfigError(f"data.tail (drop) leaves nothing of {len(self.train_index)} images, which are less than "
                               f"data.global_batch ({data.global_batch}): take carry or repeat")  # fmt: skip
+        if len(self.train_index) < data.global_batch:
+            logger.warning("data.global_batch (%d) is more than data.train has images (%d): a step takes some twice",
+                           data.global_batch, len(self.train_index))  # fmt: skip
         self.plan = Plan(self.config, stream.epoch_samples, self.task.evaluations)
         self.task.open(self.train_index, self.eval_index, self.plan.evaluations())
 

@@ -40,6 +40,7 @@ def attempt(capsys, shards, tmp_path):
     ("setting", "named"),
     [
         ("optim.base_lrr=1", ["optim.base_lrr", "did you mean optim.base_lr"]),
+        ("optim.lr=1", ["optim.lr", "did you mean optim.base_lr"]),
         ("optimizer.lr=1", ["optimizer.lr", "did you mean optim?"]),
         ("optim.base_lr=fast", ["optim.base_lr", "fast", "float"]),
         ("model.depth=2.5", ["model.depth", "2.5", "int"]),

@@ -41,16 +41,9 @@ def missing_links(page: Path, text: str) -> list[str]:
             continue
         name, _, anchor = link.partition("#")
         path = page.parent / name if name else page
-        leads = not anchor or anchor in anchors(path.read_text()) if path.exists() else _folder_to_come(path)
-        if not leads:
+        if not path.exists() or (anchor and anchor not in anchors(path.read_text())):
             found.append(link)
     return found
-
-
-def _folder_to_come(path: Path) -> bool:
-    """Tell whether a path leads into `docker`, and that is no part of this checkout at all."""
-    docker = REPOSITORY / "docker"
-    return path.resolve().is_relative_to(docker) and not docker.exists()
 
 
 def anchors(text: str) -> set[str]:

@@ -73,6 +73,7 @@ def test_eval_knn_and_report(run_folder, capsys):
     summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert set(summary) == {
         "run_folder",
+        "healthy",
         "page",
         "figure",
         "knn_pixels",
@@ -88,16 +89,15 @@ def test_eval_knn_and_report(run_folder, capsys):
     assert "t-SNE of the patch tokens of image 1" in Path(summary["page"]).read_text()
 
 
-@pytest.mark.parametrize("trouble", ["data.eval is empty", "gone", "weights cut", "weights gone", "weights not finite"])
+@pytest.mark.parametrize("trouble", ["gone", "weights cut", "weights gone", "weights not finite"])
 def test_report_where_tokens_cannot_be_shown(run_folder, tmp_path, capsys, trouble):
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     weights = next((copy / "checkpoints").glob("step-*/weights-00000.safetensors"))
     said = trouble
-    if trouble in ("data.eval is empty", "gone"):
-        said = "data.eval is empty" if trouble != "gone" else f"They could not be made: data.eval ({tmp_path}/gone)"
-        config = load_config(copy, ["data.eval=" if trouble != "gone" else f"data.eval={tmp_path}/gone"])
-        save_config(config, copy / "config.yaml")
+    if trouble == "gone":
+        said = f"They could not be made: data.eval ({tmp_path}/gone)"
+        save_config(load_config(copy, [f"data.eval={tmp_path}/gone"]), copy / "config.yaml")
     elif trouble == "weights cut":
         weights.write_bytes(b"cut")
         said = f"They could not be made: {weights.parent}"
@@ -117,6 +117,21 @@ def test_report_where_tokens_cannot_be_shown(run_folder, tmp_path, capsys, troub
         assert main(["report", str(copy)]) == 0
     text = (copy / "report.html").read_text()
     assert said in text and "<img" not in text
+
+
+def test_a_run_without_labels_shows_its_training_images(run_folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    for name in ("evaluations.jsonl", "eval.jsonl", "knn.json"):
+        (copy / name).unlink(missing_ok=True)
+    save_config(load_config(copy, ["data.eval="]), copy / "config.yaml")
+    assert main(["report", str(copy)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("healthy? ") and said[0].removeprefix("healthy? ") == json.loads(said[-1])["healthy"]
+    assert said[1] == f"page: {copy}/report.html"
+    text = (copy / "report.html").read_text()
+    assert "in images of data.train" in text and "t-SNE of the patch tokens of image 8" in text
+    assert f"lmim eval knn {copy} data.eval=SHARDS" in text and "given shards with labels" in text
 
 
 def test_report_without_a_run(tmp_path, capsys):

@@ -238,6 +238,28 @@ def test_a_stop_file_stops_no_later_start_whoever_asked_first(tmp_path):
     assert not (tmp_path / "stop").exists()
 
 
+def test_ctrl_c_is_answered_at_once_and_a_second_one_ends_it(tmp_path, capfd):
+    request = StopRequest(tmp_path / "stop")
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert capfd.readouterr().err == (
+            "SIGINT: stopping after this step, with a checkpoint; Ctrl-C again ends it at once\n"
+        )
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        request.close()
+
+
+def test_a_batch_of_more_than_all_images_is_told(shards, tmp_path):
+    settings = ("parallel.backend=local", "optim.duration=1st", "data.global_batch=512", "data.micro_batch=256")
+    assert main(train_command(shards, tmp_path / "run", *settings)[3:]) == 0
+    assert (
+        "data.global_batch (512) is more than data.train has images (" in (tmp_path / "run" / "train.log").read_text()
+    )
+
+
 @pytest.mark.parametrize("form", ["pth", "safetensors", "timm", "huggingface"])
 def test_a_run_begins_with_weights_of_any_format(shards, tmp_path, form):
     """All of the model, or one encoder that the target copies while projector and decoder are new ones."""

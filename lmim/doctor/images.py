@@ -196,5 +196,6 @@ def _decoding(case: Case, images: dict[int, Finding], needed: float | None) -> R
         return Row("decoding", OK, words, figures=figures)
     cores = "give each rank more cores and data.workers" if of["workers"] or needed > of["decode_per_s"] else \
         "give each rank a core for data.workers=1"  # fmt: skip
-    advice = f"{cores}; take shards of smaller images (shard_images.py --short-side 320), data.decoder=turbo, or nvjpeg"
+    gpu = ", or nvjpeg" if case.topology.device.type == "cuda" else ""
+    advice = f"take shards of smaller images (shard_images.py --short-side 320), data.decoder=turbo{gpu}; {cores}"
     return Row("decoding", FAILURE if waiting > 0.5 else WARNING, words, advice, figures)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +27,14 @@ from lmim import dist
 from lmim.config import ConfigError, model_dimensions
 from lmim.data.loader import UNREADABLE, eval_batches, loader_workers
 from lmim.data.shards import ShardIndex
+from lmim.data.transforms import ImageError, eval_view
 from lmim.dist import Topology, gather_rows
 from lmim.eval.feature_cache import FeatureCache, identity_of
 from lmim.options import Config
 from lmim.patches import normalize_images
 from lmim.vit import Decoder, VisionTransformer
 
+RESIZE = 256 / 224  # of the short side, relative to the centre that is seen
 MOST_PIXELS = 32  # a side, of raw pixels as features: an image of 224 px would be 150,528 numbers
 
 
@@ -90,7 +93,26 @@ def eval_sizes(config: Config, encoder: VisionTransformer | None = None) -> View
     if config.eval.resize is not None and config.eval.resize < crop:
         raise ConfigError(f"eval.resize ({config.eval.resize}) must be at least the centre crop, {crop} px "
                           "(eval.crop, or else the encoder's cells x patch side): raise it, or set null")  # fmt: skip
-    return View(config.eval.resize or round(crop * 256 / 224), crop)
+    return View(config.eval.resize or round(crop * RESIZE), crop)
+
+
+def load_images(paths: Sequence[str | Path], encoder: VisionTransformer, size: int | None = None) -> Tensor:
+    """Return image files as `encoder` takes them, floats (B, 3, S, S), by the view of the evaluations.
+
+    The short side is resized to 256/224 of S by bicubic interpolation, the centre of S x S px taken, and ImageNet's
+    mean and deviation taken off. S is `size`, a multiple of the patch side, or else the encoder's own grid of patches.
+    Raises OSError and ImageError, which names the file.
+    """
+    crop = size or encoder.grid_size * encoder.patch_size
+    if crop % encoder.patch_size:
+        raise ValueError(f"size ({size}) must be a multiple of the encoder's patch side ({encoder.patch_size} px)")
+    views = []
+    for path in paths:
+        try:
+            views.append(eval_view(Path(path).read_bytes(), round(crop * RESIZE), crop))
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from error
+    return normalize_images(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2))
 
 
 def reading_of(config: Config) -> Reading:

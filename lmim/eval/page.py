@@ -49,6 +49,7 @@ class Tile(NamedTuple):
 
 def run_page(history: History, drawn: Sequence[Chart], maps: Sequence[TokenMaps], why_no_maps: str) -> str:
     """Return the page of one run."""
+    labelled = history.config is None or bool(history.config.data.eval)
     return _render(
         title=history.name,
         state=_state(history),
@@ -69,7 +70,9 @@ def run_page(history: History, drawn: Sequence[Chart], maps: Sequence[TokenMaps]
         options=tables.set_options(history.config) if history.config else None,
         config=_text(history.folder / "config.yaml"),
         command=shlex.join(["lmim", "report", str(history.folder)]),
-        evaluate=shlex.join(["lmim", "eval", "knn", str(history.folder)]),
+        evaluate=shlex.join(["lmim", "eval", "knn", str(history.folder)]) + " data.eval=SHARDS" * (not labelled),
+        labelled=labelled,
+        images_of="data.eval" if labelled else "data.train",
         runs=None,
     )
 
@@ -166,6 +169,7 @@ def _weights(history: History) -> dict[str, Any]:
     lines = [
         "import lmim",
         f"encoder = lmim.load_encoder({folder!r})  # the EMA encoder: load_encoder({folder!r}, 'target')",
+        "images = lmim.load_images(['a.jpg', 'b.jpg'], encoder)  # as the evaluations see them",
         "features = encoder.forward_intermediates(images, 1)[0][:, 1:].mean(1)  # (B, D), as the paper pools",
     ]
     export = shlex.join(["lmim", "export", folder, "vit-timm", "--format", "timm", "--check"])

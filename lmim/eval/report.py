@@ -22,6 +22,7 @@ from lmim.eval.curves import Chart, charts, overlaid
 from lmim.eval.history import History, read_history
 from lmim.eval.page import comparison_page, run_page
 from lmim.eval.token_maps import TokenMaps, token_maps
+from lmim.eval.verdict import judge
 
 PAGE_FILE, FIGURE_FILE, COMPARISON_FILE = "report.html", "report.png", "comparison.html"
 FIGURES_FOLDER, COMPARISON_FOLDER = "figures", "comparison"
@@ -42,6 +43,7 @@ def report(run_folder: Path, formats: Sequence[str] = ()) -> dict[str, Any]:
     figures.save_overview(f"Latent MIM: {history.name}", drawn, maps, picture)
     summary = dict(
         run_folder=str(run_folder),
+        healthy=judge(history).words,
         page=str(page),
         figure=str(picture),
         knn_pixels=_percent(history, "pixels"),

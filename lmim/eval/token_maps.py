@@ -36,22 +36,21 @@ class TokenMaps(NamedTuple):
 
 
 def token_maps(history: History) -> tuple[list[TokenMaps], str]:
-    """Return maps of up to eight images spread over `data.eval`, or none and why."""
+    """Return maps of up to eight images spread over `data.eval`, or `data.train` without it, or none and why."""
     config = history.config
     if config is None:
         return [], "The configuration is missing, so the encoder and its images are not known."
-    if not config.data.eval:
-        return [], "data.eval is empty: there are no images to show. Give some and make the report again."
+    option, shards = ("data.eval", config.data.eval) if config.data.eval else ("data.train", config.data.train)
     if not history.checkpoints:
         return [], "There is no complete checkpoint yet."
     try:
-        index = open_shards("data.eval", config.data.eval, history.folder)
+        index = open_shards(option, shards, history.folder)
         images = _some_images(index, config)
         encoder = load_encoder(history.folder)
     except (ConfigError, DataError, StorageError, OSError) as error:
         return [], f"They could not be made: {' '.join(str(error).split())}"
     if not len(images):
-        return [], "No image of data.eval could be read."
+        return [], f"No image of {option} could be read."
     device = discover().device
     encoder.to(device).eval()
     tokens = torch.cat([patch_tokens(encoder, image[None].to(device)).cpu() for image in images])  # memory of one image
