@@ -11,6 +11,7 @@ Measured facts this file stands on (DeepSpeed 0.19):
 * edits of gathered weights are thrown away unless a rank is named as their author: the cuts themselves are written;
 * `lower_precision_safe_modules: []` makes autocast sum gradients and gather weights in fp32;
 * `coalesce_grad_reduction` reduces the gradients of all of a step's micro-batches once;
+* ZeRO-1's and 2's norm of the gradient, and clipping by it, wait for the device: without them they do not;
 * its own checkpoints are tied to the number of ranks, so state goes in and out by name here.
 """
 
