@@ -6,7 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/python" -m pip install --disable-pip-version-check -q -e ".[test]"
+if ! cmp -s setup.cfg "$venv/installed.cfg"; then # what was installed last, whole
+    "$venv/bin/python" -m pip install --disable-pip-version-check -q -e ".[test]"
+    cp setup.cfg "$venv/installed.cfg"
+fi
 PATH="$PWD/$venv/bin:$PATH"
 ruff check --config .ci/ruff.toml .
 ruff format --check --config .ci/ruff.toml .
