@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import free_port, losses
@@ -56,13 +58,16 @@ def test_a_run_trains_inside_as_a_user_without_rights(images, on_cpus, tmp_path)
     images.run(on_cpus, "python", "tools/shard_images.py", "embedded", "data/quickstart", volumes=volumes)
     images.run(
         on_cpus, "entrypoint.sh", "train", "configs/quickstart.yaml", "data.train=data/quickstart/train",
-        "data.eval=data/quickstart/eval", "optim.duration=12st", "log.every=1st", "eval.knn_every=0st",
+        "data.eval=data/quickstart/eval", "optim.duration=2ep", "log.every=1st", "eval.knn_every=100%",
         volumes=volumes, PET_NPROC_PER_NODE="2", PET_MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1",
     )  # fmt: skip
     run = runs / "quickstart"
-    assert (run / "done.json").stat().st_uid == 1000
-    assert len(losses(run)) == 12
-    assert json.loads((run / "done.json").read_text())
+    assert (run / "done.json").stat().st_uid == 1000 and json.loads((run / "done.json").read_text())
+    taken = losses(run)
+    assert len(taken) == math.ceil(2 * 10_000 / 128) and np.mean(taken[-20:]) < np.mean(taken[:20]) - 0.1
+    measured = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    accuracies = [row["knn_leave_one_out"] for row in measured if "knn_leave_one_out" in row]
+    assert accuracies[-1] > accuracies[0] + 0.02, accuracies
     images.run(on_cpus, "healthy.sh", volumes=volumes)
     assert "report.html" in images.run(on_cpus, "entrypoint.sh", "report", "runs/quickstart", volumes=volumes)
 
