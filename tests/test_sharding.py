@@ -84,8 +84,8 @@ def unbroken(tmp_path_factory) -> dict[str, bytes]:
 def in_its_own_group(do: Callable[[], object]) -> int:
     """Start `do` in a process group of its own and return its id."""
     pid = os.fork()
+    os.setpgid(pid, pid or 0)  # by both, as either may come first
     if pid == 0:
-        os.setsid()
         try:
             do()
         finally:
