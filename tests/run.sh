@@ -10,7 +10,7 @@ if ! cmp -s setup.cfg "$venv/installed.cfg"; then # what was installed last, who
     "$venv/bin/python" -m pip install --disable-pip-version-check -q -e ".[test]"
     cp setup.cfg "$venv/installed.cfg"
 fi
-PATH="$PWD/$venv/bin:$PATH"
+PATH="$(cd "$venv/bin" && pwd):$PATH"
 ruff check --config .ci/ruff.toml .
 ruff format --check --config .ci/ruff.toml .
 exec python -m pytest "$@"
