@@ -41,9 +41,8 @@ class StopRequest:
         if number == signal.SIGINT and self.reason == "SIGINT":
             raise KeyboardInterrupt
         name = signal.Signals(number).name
-        if (
-            self.reason is None and self.stop_file is not None
-        ):  # the first rank; not logged, as amid a log line it may be
+        if self.reason is None and self.stop_file is not None:  # of the ranks the first
+            # not logged: it may be a line of the log that was interrupted
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             os.write(2, f"{name}: stopping after this step, with a checkpoint{again}\n".encode())
         self.reason = self.reason or name

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,12 +21,21 @@ from lmim.data.datasets import Source, open_source
 from lmim.data.sharding import write_shards
 
 REPOSITORY = Path(__file__).parent.parent
+SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where programs of root's may be, too
 TINY = [
     "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "model.projector_dim=48", "model.decoder_dim=32",
     "model.decoder_depth=1", "model.decoder_num_heads=2", "data.global_batch=32", "data.micro_batch=16",
     "data.workers=0", "eval.knn_every=0st", "checkpoint.every=1000st", "log.every=1st", "precision.compute=fp32",
     "objective.similarity_weight=0.1", "optim.warmup=10%",
 ]  # fmt: skip
+
+
+def why_not(what: str, needed: tuple[str, ...]) -> str:
+    """Return why what needs root and some programs cannot be done here; empty if it can."""
+    if os.geteuid() != 0:
+        return f"{what} needs root"
+    missing = [name for name in needed if not shutil.which(name, path=SYSTEM_PATH)]
+    return f"not installed: {', '.join(missing)}" if missing else ""
 
 
 @pytest.fixture(autouse=True, scope="session")

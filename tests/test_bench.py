@@ -94,7 +94,7 @@ def test_step_measures_rows_their_parts_and_records_them(bench, tmp_path, capsys
         share = 1e9 * row["gflop_per_image"] * row["images_per_second"] / (1e12 * record["peak_tflops"])
         assert row["mfu"] == pytest.approx(share, rel=1)  # of the same rounds' peaks, which scatter
         in_a_step_ms = 8 / row["most"] * 1e3  # beside the round that nothing disturbed
-        assert 0.2 < sum(row["parts_ms"].values()) / in_a_step_ms < 5
+        assert 0.5 < sum(row["parts_ms"].values()) / in_a_step_ms < 5
     capsys.readouterr()
     assert bench.main(["table"]) == 0
     assert "compute=bf16" in capsys.readouterr().out

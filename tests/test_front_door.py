@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lmim.__main__ import main
 from lmim.config import load_config, save_config
+from lmim.data.transforms import eval_view
+from lmim.eval.features import Reading, Subject, eval_sizes, read_out
 from tests.conftest import REPOSITORY, TINY, process_environment
 
 
@@ -132,6 +138,22 @@ def test_a_run_without_labels_shows_its_training_images(run_folder, tmp_path, ca
     text = (copy / "report.html").read_text()
     assert "in images of data.train" in text and "t-SNE of the patch tokens of image 8" in text
     assert f"lmim eval knn {copy} data.eval=SHARDS" in text and "given shards with labels" in text
+
+
+def test_the_page_s_lines_make_the_features_of_the_evaluations(run_folder, tmp_path, capsys, monkeypatch):
+    assert main(["report", str(run_folder)]) == 0
+    lines = re.search(r"import lmim\n.*?mean\(1\)", html.unescape((run_folder / "report.html").read_text()), re.S)[0]
+    config, pixels = load_config(run_folder), np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
+    monkeypatch.chdir(tmp_path)
+    for name, one in zip(("a.jpg", "b.jpg"), pixels, strict=True):
+        Image.fromarray(one).save(name)
+    made: dict = {}
+    exec(lines, made)
+    encoder = made["encoder"]
+    seen = np.stack([eval_view(Path(name).read_bytes(), *eval_sizes(config, encoder)) for name in ("a.jpg", "b.jpg")])
+    subject, reading = Subject("online", encoder), Reading(layer=len(encoder.blocks) - 1)
+    (expected,) = read_out(subject, [reading], torch.from_numpy(seen).permute(0, 3, 1, 2))
+    torch.testing.assert_close(made["features"], expected)
 
 
 def test_report_without_a_run(tmp_path, capsys):

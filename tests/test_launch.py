@@ -24,7 +24,8 @@ from lmim.train import DONE, STOPPED
 from tests.conftest import REPOSITORY, free_port, process_environment
 
 LAUNCH = REPOSITORY / "launch"
-SHELL = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", REPOSITORY / "tests/run.sh", REPOSITORY / ".ci/run"]
+SHELL = [*sorted(LAUNCH.glob("*.sh")), *sorted((REPOSITORY / "docker").glob("*.sh")), LAUNCH / "slurm.sbatch",
+         REPOSITORY / "tests/run.sh", REPOSITORY / ".ci/run"]  # fmt: skip
 SETTINGS = ["configs/quickstart.yaml", "run.name=two words", "optim.betas=[0.9,0.95]", "data.train=a;b"]
 MISTAKE = 2
 KUBERNETES = "1.34"  # the oldest that is still supported, and whose Job has all that is used here as stable
@@ -75,11 +76,13 @@ def topology_under(monkeypatch, **environment: str) -> Topology:
 # --- every script ----------------------------------------------------------------------------------------------------
 
 
-def test_shellcheck_finds_nothing():
-    shellcheck = Path(sys.executable).parent / "shellcheck"
-    done = subprocess.run([shellcheck, "--external-sources", "--severity=style", *SHELL], cwd=REPOSITORY,
-                          capture_output=True, text=True)  # fmt: skip
+def test_shellcheck_finds_nothing(tmp_path):
+    (tmp_path / "bad.sh").write_text("#!/bin/sh\nrm $1\n")
+    command = [Path(sys.executable).parent / "shellcheck", "--external-sources", "--severity=style"]
+    done, control = (subprocess.run([*command, *files], cwd=REPOSITORY, capture_output=True, text=True)
+                     for files in (SHELL, [tmp_path / "bad.sh"]))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "SC2086" in control.stdout
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "slurm.sbatch"])

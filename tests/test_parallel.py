@@ -181,7 +181,7 @@ def test_the_target_is_fresh_with_compile_and_checkpointing(outcomes, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [[], [RECOMPUTE], [COMPILE, RECOMPUTE]])
+@pytest.mark.parametrize("settings", [[], [RECOMPUTE], [COMPILE], [COMPILE, RECOMPUTE]])
 @pytest.mark.timeout(900)
 def test_drop_path_dropout_and_clipping_work_on_every_backend(outcomes, reference, settings):
     expected = reference(tuple(FEATURES))
@@ -198,9 +198,7 @@ def test_what_the_paper_compares_with_works_on_every_backend(outcomes, reference
     """A joint target lets the online encoder run twice, forward and backward, between two steps."""
     expected = reference(tuple(COMPARED_WITH))
     assert expected["losses"] != pytest.approx(reference()["losses"], rel=1e-3), "they did nothing"
-    # what is compiled is the same under ZeRO-0 to 2, and under FSDP2 however the weights are cut
-    backends = {name: RANKS[2][name] for name in ("ZeRO-1", "ZeRO-3", "FSDP2 full")} if settings == [COMPILE] else None
-    for name, ours in outcomes(2, "train", (*COMPARED_WITH, *settings), backends).items():
+    for name, ours in outcomes(2, "train", (*COMPARED_WITH, *settings)).items():
         assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-5), name
         assert ours["norms"] == pytest.approx(expected["norms"], rel=1e-4), name
 

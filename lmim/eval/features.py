@@ -96,11 +96,13 @@ def eval_sizes(config: Config, encoder: VisionTransformer | None = None) -> View
     return View(config.eval.resize or round(crop * RESIZE), crop)
 
 
-def load_images(paths: Sequence[str | Path], encoder: VisionTransformer, size: int | None = None) -> Tensor:
-    """Return image files as `encoder` takes them, floats (B, 3, S, S), by the view of the evaluations.
+def load_images(paths: Sequence[str | Path], encoder: VisionTransformer, size: int | None = None,
+                resize: int | None = None) -> Tensor:  # fmt: skip
+    """Return image files as `encoder` takes them, floats (B, 3, S, S).
 
-    The short side is resized to 256/224 of S by bicubic interpolation, the centre of S x S px taken, and ImageNet's
-    mean and deviation taken off. S is `size`, a multiple of the patch side, or else the encoder's own grid of patches.
+    The short side is resized to `resize` px by bicubic interpolation, the centre of S x S px taken, and ImageNet's mean
+    and deviation taken off. S is `size`, a multiple of the patch side, or else the encoder's own grid of patches, and
+    `resize` 256/224 of it: the evaluations' view unless `eval.crop` or `eval.resize` are set.
     Raises OSError and ImageError, which names the file.
     """
     crop = size or encoder.grid_size * encoder.patch_size
@@ -109,7 +111,7 @@ def load_images(paths: Sequence[str | Path], encoder: VisionTransformer, size: i
     views = []
     for path in paths:
         try:
-            views.append(eval_view(Path(path).read_bytes(), round(crop * RESIZE), crop))
+            views.append(eval_view(Path(path).read_bytes(), resize or round(crop * RESIZE), crop))
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
     return normalize_images(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2))

@@ -27,9 +27,10 @@ from lmim.eval.figures import CLUSTER_COLOURS, cluster_colours
 from lmim.eval.history import History
 from lmim.eval.svg import draw, number, percent
 from lmim.eval.tables import Evaluation
-from lmim.eval.token_maps import CLUSTER_COUNTS, TokenMaps
+from lmim.eval.token_maps import CLUSTER_COUNTS, TokenMaps, images_shown
 from lmim.eval.verdict import judge, now
 from lmim.metrics import RUN_ENDS
+from lmim.options import EvalConfig
 from lmim.version import __version__
 
 HERE = Path(__file__).parent
@@ -49,7 +50,8 @@ class Tile(NamedTuple):
 
 def run_page(history: History, drawn: Sequence[Chart], maps: Sequence[TokenMaps], why_no_maps: str) -> str:
     """Return the page of one run."""
-    labelled = history.config is None or bool(history.config.data.eval)
+    images_of = images_shown(history.config) if history.config else "data.eval"
+    labelled = images_of == "data.eval"
     return _render(
         title=history.name,
         state=_state(history),
@@ -72,7 +74,7 @@ def run_page(history: History, drawn: Sequence[Chart], maps: Sequence[TokenMaps]
         command=shlex.join(["lmim", "report", str(history.folder)]),
         evaluate=shlex.join(["lmim", "eval", "knn", str(history.folder)]) + " data.eval=SHARDS" * (not labelled),
         labelled=labelled,
-        images_of="data.eval" if labelled else "data.train",
+        images_of=images_of,
         runs=None,
     )
 
@@ -165,11 +167,12 @@ def _left(history: History, speed: float | None) -> str:
 
 
 def _weights(history: History) -> dict[str, Any]:
-    folder = str(history.folder)
+    folder, seen = str(history.folder), history.config.eval if history.config else EvalConfig()
+    view = "".join(f", {name}={px}" for name, px in (("size", seen.crop), ("resize", seen.resize)) if px)
     lines = [
         "import lmim",
         f"encoder = lmim.load_encoder({folder!r})  # the EMA encoder: load_encoder({folder!r}, 'target')",
-        "images = lmim.load_images(['a.jpg', 'b.jpg'], encoder)  # as the evaluations see them",
+        f"images = lmim.load_images(['a.jpg', 'b.jpg'], encoder{view})  # as the evaluations see them",
         "features = encoder.forward_intermediates(images, 1)[0][:, 1:].mean(1)  # (B, D), as the paper pools",
     ]
     export = shlex.join(["lmim", "export", folder, "vit-timm", "--format", "timm", "--check"])

@@ -1,4 +1,4 @@
-"""What the newest encoder of a run sees in a few evaluation images: clusters of patch tokens, and t-SNE of the same.
+"""What the newest encoder of a run sees in a few images: clusters of patch tokens, and t-SNE of the same.
 
 Owns the choice of images and the maps (paper, figure 4). The invariant: the same weights and images give the same maps,
 and whatever keeps them from being made is one sentence, not an error.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lmim.config import ConfigError
+from lmim.config import ConfigError, flatten
 from lmim.data.loader import UNREADABLE, DataError, eval_batches, open_shards
 from lmim.data.shards import ShardIndex
 from lmim.data.storage import StorageError
@@ -35,16 +35,21 @@ class TokenMaps(NamedTuple):
     chosen: np.ndarray  # which of the rows · cols tokens the points are (m,)
 
 
+def images_shown(config: Config) -> str:
+    """Return the option whose images a page shows: `data.eval`, or `data.train` for a run without labels."""
+    return "data.eval" if config.data.eval else "data.train"
+
+
 def token_maps(history: History) -> tuple[list[TokenMaps], str]:
-    """Return maps of up to eight images spread over `data.eval`, or `data.train` without it, or none and why."""
+    """Return maps of up to eight images spread over what `images_shown` names, or none and why."""
     config = history.config
     if config is None:
         return [], "The configuration is missing, so the encoder and its images are not known."
-    option, shards = ("data.eval", config.data.eval) if config.data.eval else ("data.train", config.data.train)
+    option = images_shown(config)
     if not history.checkpoints:
         return [], "There is no complete checkpoint yet."
     try:
-        index = open_shards(option, shards, history.folder)
+        index = open_shards(option, flatten(config)[option], history.folder)
         images = _some_images(index, config)
         encoder = load_encoder(history.folder)
     except (ConfigError, DataError, StorageError, OSError) as error:

@@ -87,7 +87,8 @@ class DeepSpeedBackend:
         dist.set_timeout([self.engine.data_parallel_group], self.config.parallel.timeout_minutes)
         if self.cut:
             self._share_masters()
-            self._hide_hooks_from_compiler()
+            if self.config.parallel.compile:
+                self._hide_hooks_from_compiler()
         self._create_moments()
         self.target_weights, self.online_weights = self._pairs()
 
@@ -165,25 +166,23 @@ class DeepSpeedBackend:
         if self.engine_config[ZERO].get("compute_grad_norm", self.zero):  # DeepSpeed leaves out and clips
             self.engine.step()
             return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.topology.device)
-        norm = self._averaged_norm()
+        held = self._averaged_gradients()
+        norm = torch.nn.utils.get_total_norm(held)
+        if self.zero:  # of this rank's part; and what DeepSpeed does not measure it does not clip
+            squares = norm.square()
+            torch.distributed.all_reduce(squares, group=self.engine.data_parallel_group)
+            norm, limit = squares.sqrt(), self.config.optim.clip_norm
+            if limit:
+                torch._foreach_mul_(held, (limit / (norm + 1e-6)).clamp(max=1.0))
         leave_out_unless_finite(self.adamw, norm)
         self.engine.step()
         return norm
 
-    def _averaged_norm(self) -> Tensor:
-        """Return the averaged gradient's norm, and clip ZeRO-1's and 2's, without waiting for the device.
-
-        Averaged gradients are on the parameters, or in parts with the optimizer, only until the engine's step.
-        """
-        if not self.zero:  # the engine clips
-            return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        held = [gradient for group in self.engine.optimizer.averaged_gradients.values() for gradient in group]
-        squares = torch.nn.utils.get_total_norm(held).square()
-        torch.distributed.all_reduce(squares, group=self.engine.data_parallel_group)
-        norm = squares.sqrt()
-        if limit := self.config.optim.clip_norm:
-            torch._foreach_mul_(held, (limit / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+    def _averaged_gradients(self) -> list[Tensor]:
+        """Return what the engine's step is about to take: whole gradients, or under ZeRO-1 and 2 this rank's part."""
+        if not self.zero:
+            return [p.grad for p in self.model.parameters() if p.grad is not None]
+        return [gradient for group in self.engine.optimizer.averaged_gradients.values() for gradient in group]
 
     def gradients(self) -> list[Piece]:
         return [self._gradient(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -12,21 +12,12 @@ import signal
 import subprocess
 from pathlib import Path
 
+from tests.conftest import SYSTEM_PATH, why_not
+
 NEEDED = ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "pdsh")
+WHY_NOT = why_not("making network namespaces", NEEDED)  # empty where it can be done
 NAMES = ("host-a", "host-b")
 ADDRESSES = dict(zip(NAMES, ("10.77.0.1", "10.77.0.2"), strict=True))
-
-
-def why_not() -> str:
-    """Return why two hosts cannot be made here; empty if they can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    missing = [name for name in NEEDED if not _where(name)]
-    return f"not installed: {', '.join(missing)}" if missing else ""
-
-
-def _where(name: str) -> str | None:
-    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
 class Hosts:
@@ -76,7 +67,7 @@ class Hosts:
             "PidFile none\n"
         )
         for name in NAMES:
-            self.start(name, [_where("sshd"), "-f", str(server)]).wait()
+            self.start(name, [shutil.which("sshd", path=SYSTEM_PATH), "-f", str(server)]).wait()
 
     def start(self, name: str, command: list[str], **options) -> subprocess.Popen:
         """Start a command on a host."""

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import ADDRESSES, NAMES, Hosts, why_not
+from tests.cluster.hosts import ADDRESSES, NAMES, WHY_NOT, Hosts
 from tests.conftest import REPOSITORY, TINY, free_port, losses, process_environment, run_training
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 STEPS = ["optim.duration=24st", "checkpoint.every=4st", "parallel.timeout_minutes=0.5"]
 TIME_LIMIT_S = 30 + 30  # parallel.timeout_minutes, and the end of what was started
 

@@ -15,10 +15,10 @@ import time
 import zipfile
 from pathlib import Path
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, SYSTEM_PATH, why_not
 
 NEEDED = ("buildah", "debootstrap", "mount", "tar")
-SYSTEM = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+WHY_NOT = why_not("buildah's chroot isolation", NEEDED)  # empty where it can be done
 BASE, CPU, CUDA = "localhost/base:latest", "localhost/lmim:cpu", "localhost/lmim:cuda"
 HOST = "/run/host"  # in the build: what pip needs of the host
 BUILD_TIMEOUT_S = 3000
@@ -27,14 +27,6 @@ _names = torch.library.Library("torchvision", "DEF")
 for _operator in ("nms", "qnms"):
     _names.define(f"{_operator}(Tensor d, Tensor s, float t) -> Tensor")
 """
-
-
-def why_not() -> str:
-    """Return why images cannot be built here; empty if they can."""
-    if os.geteuid() != 0:
-        return "buildah's chroot isolation needs root"
-    missing = [name for name in NEEDED if not shutil.which(name, path=SYSTEM)]
-    return f"not installed: {', '.join(missing)}" if missing else ""
 
 
 class Images:
@@ -181,7 +173,7 @@ def _constraints() -> list[str]:
 
 
 def _run(words: list, timeout: float = 60, cwd: Path = REPOSITORY, environment: dict[str, str] | None = None) -> str:
-    variables = {**os.environ, "PATH": SYSTEM, **(environment or {})}
+    variables = {**os.environ, "PATH": SYSTEM_PATH, **(environment or {})}
     done = subprocess.run([str(word) for word in words], cwd=cwd, env=variables, capture_output=True, text=True,
                           timeout=timeout)  # fmt: skip
     assert done.returncode == 0, f"{words}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

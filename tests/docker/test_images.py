@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from tests.conftest import free_port, losses
-from tests.docker.images import CPU, CUDA, Images, why_not
+from tests.docker.images import CPU, CUDA, WHY_NOT, Images
 from tests.test_docker import pins
 
 pytestmark = [
     pytest.mark.docker,
     pytest.mark.timeout(3600),
-    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
 ]
 
 

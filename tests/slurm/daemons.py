@@ -7,14 +7,15 @@ parents (proctrack/linuxproc), and none is bound to a core (task/none). The node
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import time
 from pathlib import Path
 
+from tests.conftest import SYSTEM_PATH, why_not
+
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
-PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+WHY_NOT = why_not("starting Slurm's daemons", NEEDED)  # empty where it can be done
 CONFIGURATION = """\
 ClusterName=lmim
 SlurmctldHost={host}(127.0.0.1)
@@ -47,20 +48,12 @@ KillWait=5
 """
 
 
-def why_not() -> str:
-    """Return why Slurm cannot be started here; empty if it can."""
-    if os.geteuid() != 0:
-        return "Slurm's daemons need root"
-    missing = [name for name in NEEDED if not shutil.which(name, path=PATH)]
-    return f"not installed: {', '.join(missing)}" if missing else ""
-
-
 class Slurm:
     """Starts the daemons in `folder`; `close` ends them and the jobs that are left."""
 
     def __init__(self, folder: Path, ports: tuple[int, int]):
         self.folder = folder
-        self.environment = dict(os.environ, PATH=PATH, SLURM_CONF=str(folder / "slurm.conf"))
+        self.environment = dict(os.environ, PATH=SYSTEM_PATH, SLURM_CONF=str(folder / "slurm.conf"))
         for name in ("state", "spool"):
             (folder / name).mkdir()
         (folder / "slurm.conf").write_text(
