@@ -64,7 +64,9 @@ class Heartbeat:
                                 if sign != self._signs.get(rank, (None,))[0]}  # fmt: skip
                 self._answered = now
                 if self.store.check(["verdict"]):
-                    self._end_process(self.store.get("verdict").decode())
+                    words = self.store.get("verdict").decode()
+                    self.store.set(f"heard/{self.rank}", b"")
+                    self._end_process(words)
                 self._stop.wait(self.interval_s)
         except RuntimeError as error:  # the process that holds the store is gone
             logger.debug("no store: %s", error)
@@ -97,9 +99,18 @@ class Heartbeat:
         if time.monotonic() - self._answered < self.grace_s:
             with suppress(RuntimeError):
                 self.store.set("verdict", words)
-                if self.rank == 0:
-                    time.sleep(2 * self.interval_s)  # the others read it before the store is gone with this process
+                self.store.set(f"heard/{self.rank}", b"")
+                if self.rank == 0:  # the store is gone with this process, and one that has not heard would blame it
+                    self.store.wait(self._to_hear(), timedelta(seconds=2 * self.grace_s))
         self._end_process(words)
+
+    def _to_hear(self) -> list[str]:
+        """Return the keys by which the ranks that still give signs say that they have read the verdict."""
+        dumb = {
+            *self.silent(self.grace_s),
+            *(r for r, (sign, _) in self._signs.items() if sign.startswith((LEFT, FAILED))),
+        }
+        return [f"heard/{rank}" for rank in range(self.world_size) if rank not in dumb]
 
     def silent(self, seconds: float) -> list[int]:
         """Return the watched ranks, in order, that have given no sign for so long and neither left nor failed."""

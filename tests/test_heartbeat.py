@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from lmim.heartbeat import Heartbeat
 from tests.conftest import REPOSITORY, free_port, process_environment
 
 LIMIT_S = 6.0  # of silence; half the time limit of collectives
@@ -88,6 +90,34 @@ def test_a_rank_that_is_gone_is_named_by_the_others(tmp_path, lost, how):
     finally:
         processes[lost].kill()
         processes[lost].communicate()
+
+
+def test_who_holds_the_store_waits_until_all_have_heard(monkeypatch):
+    ended = []
+
+    def end_process(heartbeat: Heartbeat, words: str) -> None:
+        ended.append((heartbeat.rank, words))
+        heartbeat._stop.set()
+        raise RuntimeError("ended")
+
+    monkeypatch.setattr(Heartbeat, "_end_process", end_process)
+    held = torch.distributed.TCPStore("127.0.0.1", free_port(), is_master=True)
+    for name, value in {"host/1": "host-b", "host/2": "host-c", "sign/1": "0"}.items():  # of rank 1 no other sign
+        held.set(name, value)
+    first, last = (Heartbeat(held.clone(), rank, 3, f"host-{'abc'[rank]}", limit_s=4, progress_limit_s=600)
+                   for rank in (0, 2))  # fmt: skip
+    last.interval_s = 0.75 * last.grace_s  # a slow one, and no longer than that is a rank silent
+    try:
+        while first.silent(first.grace_s) != [1]:
+            time.sleep(0.05)
+        sign = held.get("sign/2")
+        while held.get("sign/2") == sign:
+            time.sleep(0.01)  # it has just looked for a verdict
+        with pytest.raises(RuntimeError, match="ended"):
+            first.end("rank 1 on host-b is lost")
+    finally:
+        last._stop.set()
+    assert ended == [(2, "rank 1 on host-b is lost"), (0, "rank 1 on host-b is lost")]
 
 
 @pytest.mark.slow
