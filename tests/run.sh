@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a virtual environment and runs the tests in it; further words go to pytest.
+# Makes a virtual environment and runs the tests in it, two at a time; with further words, pytest gets those instead.
 #   VENV=.venv      where the virtual environment is, or shall be
 #   PYTHON=python3  what makes it (3.10 or newer)
 set -euo pipefail
@@ -13,4 +13,5 @@ fi
 PATH="$(cd "$venv/bin" && pwd):$PATH"
 ruff check --config .ci/ruff.toml .
 ruff format --check --config .ci/ruff.toml .
+[ "$#" -gt 0 ] || set -- -n 2 --dist worksteal # most take one core; the slow ones take all, one after another
 exec python -m pytest "$@"
