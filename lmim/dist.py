@@ -6,11 +6,13 @@ invariant: whatever one rank decides that others must follow goes through a coll
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import re
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +30,7 @@ from lmim.heartbeat import Heartbeat
 logger = logging.getLogger(__name__)
 MOST_SILENCE_S = 300.0  # of a rank, whatever the time limit of collectives
 SIDE_TIMEOUT = timedelta(hours=2)  # of what waits for the slowest disk; who is gone is found by the heartbeat
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt, in bytes
 _heartbeat: Heartbeat | None = None
 
 # launcher: names of (rank, world size, rank on this host, ranks on this host)
@@ -136,6 +139,18 @@ def meet(topology: Topology, timeout: timedelta, *, join: bool = False) -> torch
     return store
 
 
+def keep_freed_memory(most_bytes: int = -1) -> None:
+    """Let glibc keep what is freed for the next step; else it goes back to the system, which clears every page anew.
+
+    `most_bytes` is how much (-1: all). It does nothing where there is no glibc, or its settings are in the environment.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if adjust is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    adjust(_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes; what is larger comes from the system, and goes back there
+    adjust(_TRIM_THRESHOLD, most_bytes)
+
+
 def init(topology: Topology, timeout_minutes: float, stacks: Path | None = None,
          store: torch.distributed.Store | None = None) -> None:  # fmt: skip
     """Start the process group (NCCL and gloo on GPUs, gloo on CPUs) and give each rank its share of cores.
@@ -145,6 +160,8 @@ def init(topology: Topology, timeout_minutes: float, stacks: Path | None = None,
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(available_cores() // topology.local_world_size, 1))
+    if topology.device.type == "cpu":
+        keep_freed_memory()
     if topology.device.type == "cuda":
         torch.cuda.set_device(topology.device)
     index = topology.device.index if topology.device.type == "cuda" else topology.local_rank

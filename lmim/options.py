@@ -119,6 +119,7 @@ class ParallelConfig:
     keep_gathered: bool = False  # fsdp, ZeRO-3: weights stay gathered from forward to backward: faster, more memory
     activation_checkpointing: bool = False  # blocks run again in the backward instead of keeping activations
     compile: bool = False  # torch.compile, block by block
+    attention: str = "auto"  # fused (one kernel), plain (products and a softmax), or auto: plain in bf16 on CPUs
     timeout_minutes: float = 30.0  # of any collective
 
 
@@ -292,6 +293,7 @@ CHOICES = {
     "precision.gather": ("fp32", "bf16"),
     "parallel.backend": ("deepspeed", "fsdp", "local"),
     "parallel.zero_stage": (0, 1, 2, 3),
+    "parallel.attention": ("auto", "fused", "plain"),
     "finetune.pooling": ("mean", "class"),
     "finetune.which": ("online", "target", "scratch"),
     "log.wandb": ("off", "online", "offline"),

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, Mlp, resample_abs_pos_embed
+from timm import layers as timm_layers
+from timm.layers import Mlp, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -89,8 +90,31 @@ class BranchNoise(nn.Module):
         return branch_BTD
 
 
+def attend(q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, kernel: str) -> Tensor:
+    """Return softmax(q·kᵀ/√C)·v, of any number of heads, by the kernel that `parallel.attention` names.
+
+    "auto" is "fused", in one kernel, but in bf16 on CPUs "plain": the fused backward is slow there, two to three times
+    as long as plain products for 177 tokens and five to seven times for 11 to 40 (`tools/bench_results/README.md`).
+    """
+    on_cpu_in_bf16 = q_BHTC.device.type == "cpu" and v_BHSC.dtype == torch.bfloat16
+    if kernel == "fused" or (kernel == "auto" and not on_cpu_in_bf16):
+        return F.scaled_dot_product_attention(q_BHTC, k_BHSC, v_BHSC)
+    weights_BHTS = (q_BHTC * q_BHTC.shape[-1] ** -0.5) @ k_BHSC.transpose(-2, -1)
+    return weights_BHTS.softmax(dim=-1) @ v_BHSC
+
+
+class Attention(timm_layers.Attention):
+    """timm's multi-head self-attention (B, T, D), by names and numbers, with a choice of kernel."""
+
+    kernel = "auto"
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(attend(q, k, v, self.kernel).transpose(1, 2).flatten(2))
+
+
 class Block(nn.Module):
-    """Pre-LN block: x += Attn(LN(x)); x += MLP(LN(x)), with timm's attention (fused) and MLP."""
+    """Pre-LN block: x += Attn(LN(x)); x += MLP(LN(x)), with timm's attention and MLP."""
 
     def __init__(
         self,
@@ -273,7 +297,9 @@ class VisionTransformer(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries (B, T, E) over a context (B, S, E), fused, with biases."""
+    """Multi-head attention of queries (B, T, E) over a context (B, S, E), with biases."""
+
+    kernel = "auto"
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -285,7 +311,7 @@ class CrossAttention(nn.Module):
     def forward(self, queries_BTE: Tensor, context_BSE: Tensor) -> Tensor:
         q = self.q_proj(queries_BTE).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         kv = self.kv_proj(context_BSE).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, kv[0], kv[1]).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, kv[0], kv[1], self.kernel).transpose(1, 2).flatten(2))
 
 
 class DecoderBlock(nn.Module):
@@ -314,6 +340,8 @@ class Decoder(nn.Module):
     tokens j, so that every query starts from what lies near it (paper, section 3.2). With `attention="self"` blocks are
     an encoder's, in which mask tokens and visible ones attend to each other (MAE): what the paper compares with.
     """
+
+    kernel = "auto"
 
     def __init__(
         self,
@@ -364,8 +392,7 @@ class Decoder(nn.Module):
         queries_BME = self.mask_token.expand(*masked_pos_BME.shape)
         if self.visual_cues:
             # attention with positions as queries and keys has exactly the scale 1/√E
-            cues_BME = F.scaled_dot_product_attention(masked_pos_BME, visible_pos_BVE, x_BTE[:, 1:])
-            queries_BME = queries_BME + cues_BME
+            queries_BME = queries_BME + attend(masked_pos_BME, visible_pos_BVE, x_BTE[:, 1:], self.kernel)
         B = len(x_BTE)
         class_B1E = (self.cls_token + class_11E).expand(B, -1, -1)
         q_BTE = torch.cat([class_B1E, queries_BME + masked_pos_BME], dim=1)

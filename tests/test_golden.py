@@ -11,14 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmim import LatentMIM, VisionTransformer, formats, load_encoder
+from lmim import LatentMIM, VisionTransformer, formats, load_config, load_encoder
 from lmim.config import ConfigError
 from lmim.convert import from_authors, to_authors
 from lmim.options import Config
+from lmim.parallel import prepare_blocks
 
 TOOL = Path(__file__).parent.parent / "tools" / "replay_case.py"
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = sorted(path.parent for path in GOLDEN.glob("*/case.json"))
+SLOW = pytest.mark.slow
 # The acceptance's numbers, stated here again so that a loosened tool does not pass by itself.
 SINGLE = {
     "visible patches": 0.0,
@@ -65,6 +67,24 @@ def test_all_recorded_cases_are_replayed_within_tolerance():
         assert found.pop("beyond") == []
         assert set(found) == set(limits)
         assert {quantity: worst for quantity, worst in found.items() if not worst <= limits[quantity]} == {}
+
+
+@pytest.mark.parametrize("option", ["attention=plain", "attention=fused", pytest.param("compile=true", marks=SLOW)])
+def test_every_path_to_the_same_numbers_replays_the_recorded_cases(option, tool, monkeypatch):
+    config = load_config(Path(__file__).parent.parent / "configs" / "quickstart.yaml", [f"parallel.{option}"])
+    build = tool.build
+
+    def prepared(*recorded) -> LatentMIM:
+        model = build(*recorded)
+        prepare_blocks(model, config)
+        return model
+
+    monkeypatch.setattr(tool, "build", prepared)
+    for folder in CASES:
+        limits = TRAJECTORY if folder.name == "trajectory" else SINGLE
+        found = tool.replay(folder)
+        assert found.keys() == limits.keys()
+        assert {quantity: worst for quantity, worst in found.items() if not worst <= limits[quantity]} == {}, folder
 
 
 def test_the_table_names_every_quantity():

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
-from lmim.vit import BranchNoise, CrossAttention, Decoder, VisionTransformer, sincos_positions
+from lmim.vit import BranchNoise, CrossAttention, Decoder, VisionTransformer, attend, sincos_positions
 
 torch.set_num_threads(1)
 SIZES = dict(grid_size=5, patch_size=4, embed_dim=24, depth=3, num_heads=3, projector_dim=40, projector_depth=2)
@@ -317,6 +317,33 @@ def test_encoder_noise_grows_with_depth_and_is_off_in_evaluation():
 
 
 # --- the decoder -----------------------------------------------------------------------------------------------------
+
+
+ATTENDED = {"heads": (2, 3, 40, 40, 16), "few queries": (2, 3, 7, 40, 16), "one head, as visual cues": (2, 40, 11, 24)}
+
+
+@pytest.mark.parametrize("shape", ATTENDED.values(), ids=ATTENDED.keys())
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_both_kernels_of_attention_are_the_definition_to_the_numbers_error(shape, dtype, error):
+    """Values and gradients, relative to the largest; "auto" is one of the two, to the bit."""
+    *batch, T, S, C = shape
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (torch.randn(*batch, tokens, C, generator=generator).to(dtype) for tokens in (T, S, S, T))
+    results = {}
+    for kernel in ("fused", "plain", "auto", "definition"):
+        inputs = [x.to(torch.float64 if kernel == "definition" else dtype).requires_grad_() for x in (q, k, v)]
+        if kernel == "definition":
+            scores = torch.einsum("...tc,...sc->...ts", *inputs[:2]) / C**0.5
+            weights = scores.exp() / scores.exp().sum(dim=-1, keepdim=True)
+            out = torch.einsum("...ts,...sc->...tc", weights, inputs[2])
+        else:
+            out = attend(*inputs, kernel)
+        results[kernel] = [out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
+    for kernel in ("fused", "plain"):
+        for found, wanted in zip(results[kernel], results["definition"], strict=True):
+            assert found.dtype == dtype and (found - wanted).abs().max() <= error * wanted.abs().max()
+    chosen = results["plain" if dtype == torch.bfloat16 else "fused"]
+    assert all(map(torch.equal, results["auto"], chosen))
 
 
 @torch.no_grad()

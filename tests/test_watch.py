@@ -180,7 +180,7 @@ def test_without_its_package_tensorboard_is_refused(shards, capsys, tmp_path, mo
 
 
 def test_flops_and_mfu_are_those_of_what_ran(watched):
-    driver = Driver(LOCAL, ALONE)
+    driver = Driver([*LOCAL, "parallel.attention=plain"], ALONE)  # the counter of torch 2.14 passes over the fused one
     inputs = next(iter(driver.micro_batches(0)))
     driver.backend.begin_step(driver.schedules.at(0))
     with FlopCounterMode(display=False) as counter:

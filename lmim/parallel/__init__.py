@@ -8,12 +8,11 @@ trajectory, and its state goes in and out in pieces under the canonical names of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmim.config import Split
 from lmim.dist import Topology
@@ -110,23 +109,14 @@ def autocast(topology: Topology, config: Config) -> AbstractContextManager:
     return torch.autocast(topology.device.type, torch.bfloat16, enabled=config.precision.compute == "bf16")
 
 
-def attention_kernel(topology: Topology) -> AbstractContextManager:
-    """Return the choice of `scaled_dot_product_attention`'s kernel: torch's own on GPUs, plain products on CPUs.
-
-    On CPUs the flash kernel's backward is slow for short sequences in bf16: 220 of 600 ms of a quickstart step on one
-    core, against 60 of 416 ms by plain products (torch 2.15, AVX-512 bf16).
-    """
-    return sdpa_kernel(SDPBackend.MATH) if topology.device.type == "cpu" else nullcontext()
-
-
 @contextmanager
-def lend(part: nn.Module, topology: Topology) -> Iterator[Any]:
+def lend(part: nn.Module) -> Iterator[Any]:
     """Lend a part of the model for evaluation: no gradient, no noise, fp32 as when it is evaluated on its own."""
     training = part.training
     part.eval()
     try:
         # not compiled: every batch size and resolution of an evaluation would make a graph of its own
-        with torch.no_grad(), attention_kernel(topology), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield part
     finally:
         part.train(training)
@@ -148,16 +138,21 @@ def lend_whole(
         places = part.state_dict(keep_vars=True)
         for name, whole in tensors:
             places[name].copy_(whole)
-    with lend(part, topology):
+    with lend(part):
         yield part
 
 
 def prepare_blocks(model: Trainable, config: Config) -> None:
-    """Set activation checkpointing and compile the model in place, so that names stay; before weights are cut.
+    """Choose attention's kernel, set activation checkpointing and compile the model in place, so that names stay.
+
+    It comes before weights are cut.
 
     Blocks are compiled one by one: those of a part share a graph, and each can be gathered by itself. What lies
     between them is compiled too, where it is many small operations.
     """
+    for module in model.modules():
+        if hasattr(module, "kernel"):
+            module.kernel = config.parallel.attention
     model.set_grad_checkpointing(config.parallel.activation_checkpointing)
     if not config.parallel.compile:
         return

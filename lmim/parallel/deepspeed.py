@@ -44,7 +44,7 @@ from lmim.optim import (
     steps_taken,
 )
 from lmim.options import Config
-from lmim.parallel import Trainable, attention_kernel, lend, lend_whole, prepare_blocks
+from lmim.parallel import Trainable, lend, lend_whole, prepare_blocks
 from lmim.parallel.engine import ZERO, engine_config
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
@@ -153,7 +153,7 @@ class DeepSpeedBackend:
             self.one_reduction.enter_context(self.engine.coalesce_grad_reduction())
 
     def forward_backward(self, *inputs: Tensor | float, last_micro: bool) -> Any:
-        with attention_kernel(self.topology), ExitStack() as quiet:
+        with ExitStack() as quiet:
             out = self.model.output(*self.engine(*inputs))
             if not self.zero and not last_micro:
                 quiet.enter_context(self.engine.no_sync())
@@ -200,7 +200,7 @@ class DeepSpeedBackend:
     def infer(self, which: str) -> AbstractContextManager[Any]:
         part = self.model.get_submodule(which)
         if not self.cut:
-            return lend(part, self.topology)
+            return lend(part)
         return lend_whole(self.build, which, whole_tensors(part), self.topology)
 
     def pieces(self) -> list[Piece]:

@@ -40,7 +40,7 @@ from lmim.optim import (
     steps_taken,
 )
 from lmim.options import Config
-from lmim.parallel import Trainable, attention_kernel, autocast, lend_whole, prepare_blocks
+from lmim.parallel import Trainable, autocast, lend_whole, prepare_blocks
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
 from lmim.vit import VisionTransformer
@@ -129,10 +129,9 @@ class FsdpBackend:
     def forward_backward(self, *inputs: Tensor | float, last_micro: bool) -> Any:
         for part in self.parts:
             part.set_requires_gradient_sync(last_micro)
-        with attention_kernel(self.topology):
-            with autocast(self.topology, self.config):
-                out = self.model(*inputs)
-            (out.loss / self.split.accumulate).backward()
+        with autocast(self.topology, self.config):
+            out = self.model(*inputs)
+        (out.loss / self.split.accumulate).backward()
         return out
 
     def finish_step(self) -> Tensor:

@@ -25,7 +25,7 @@ from lmim.optim import (
     steps_taken,
 )
 from lmim.options import Config
-from lmim.parallel import Trainable, attention_kernel, autocast, lend, prepare_blocks
+from lmim.parallel import Trainable, autocast, lend, prepare_blocks
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
 
@@ -52,10 +52,9 @@ class LocalBackend:
         set_learning_rate(self.optimizer, hyper.lr)
 
     def forward_backward(self, *inputs: Tensor | float, last_micro: bool) -> Any:
-        with attention_kernel(self.topology):
-            with autocast(self.topology, self.config):
-                out = self.model(*inputs)
-            (out.loss / self.split.accumulate).backward()
+        with autocast(self.topology, self.config):
+            out = self.model(*inputs)
+        (out.loss / self.split.accumulate).backward()
         return out
 
     def finish_step(self) -> Tensor:
@@ -71,7 +70,7 @@ class LocalBackend:
         return [whole(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
 
     def infer(self, which: str) -> AbstractContextManager[Any]:
-        return lend(self.model.get_submodule(which), self.topology)
+        return lend(self.model.get_submodule(which))
 
     def pieces(self) -> list[Piece]:
         found = []
