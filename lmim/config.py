@@ -343,6 +343,11 @@ def _check_model(config: Config) -> None:
             f"objective.num_visible ({visible}) must leave two of the {model.grid_size} x {model.grid_size} = {cells} "
             f"cells (model.grid_size) masked: at most {cells - 2}"
         )
+    decoded = config.objective.num_decoded
+    if decoded and not 2 <= decoded <= cells - visible:
+        raise ConfigError(
+            f"objective.num_decoded ({decoded}) must be 2 to {cells - visible} of the masked cells, or 0 for all"
+        )
     needed = crop_size(model)
     if config.data.crop_size not in (None, needed):
         raise ConfigError(

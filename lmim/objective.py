@@ -4,8 +4,8 @@ Owns `LatentMIM` (online encoder, target encoder, decoder), the losses and the s
 The invariants: the gradient reaches the online encoder and the decoder and never the moving average; `forward` holds no
 EMA, no schedule and no step counter; normalisations, logits and losses are computed in fp32 whatever the autocast.
 
-Letters: B images · V visible · M masked · T tokens · N cells · D encoder width · R = B·M; z targets, ẑ predictions, τ
-temperature.
+Letters: B images · V visible · M masked · P predicted, the first of those · T tokens · N cells · D encoder width ·
+R = B·M; z targets, ẑ predictions, τ temperature.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ class StepOutput(NamedTuple):
     pooled_targets_BF: Tensor  # of each image, no scalar: what the log's effective rank is of
 
 
-def infonce(predictions_BMD: Tensor, targets_BMD: Tensor, temperature: float) -> Tensor:
+def infonce(predictions_BPD: Tensor, targets_BMD: Tensor, temperature: float) -> Tensor:
     """Patch discrimination: 2τ · cross-entropy of each prediction against all masked patches of the same image.
 
-    Predictions alone are standardised per image and channel over the M tokens, then both sides are L2-normalised.
+    Predictions alone are standardised per image and channel over the P tokens, then both sides are L2-normalised.
     Chance level, which is where collapse sits, is 2τ·ln M (`chance_level`).
     """
-    std, mean = torch.std_mean(predictions_BMD, dim=1, keepdim=True)
-    predictions_BMD = F.normalize((predictions_BMD - mean) / (std + 1e-4), dim=-1)
-    logits_BMM = predictions_BMD @ F.normalize(targets_BMD, dim=-1).transpose(1, 2) / temperature
-    labels_M = torch.arange(logits_BMM.shape[1], device=logits_BMM.device)
-    return 2 * temperature * F.cross_entropy(logits_BMM.flatten(0, 1), labels_M.repeat(len(logits_BMM)))
+    std, mean = torch.std_mean(predictions_BPD, dim=1, keepdim=True)
+    predictions_BPD = F.normalize((predictions_BPD - mean) / (std + 1e-4), dim=-1)
+    logits_BPM = predictions_BPD @ F.normalize(targets_BMD, dim=-1).transpose(1, 2) / temperature
+    labels_P = torch.arange(logits_BPM.shape[1], device=logits_BPM.device)
+    return 2 * temperature * F.cross_entropy(logits_BPM.flatten(0, 1), labels_P.repeat(len(logits_BPM)))
 
 
-def norm_l2(predictions_BMD: Tensor, targets_BMD: Tensor, temperature: float) -> Tensor:
+def norm_l2(predictions_BPD: Tensor, targets_BPD: Tensor, temperature: float) -> Tensor:
     """Mean squared error to targets standardised per token over D, with D − 1 in the variance."""
-    var, mean = torch.var_mean(targets_BMD, dim=-1, keepdim=True)
-    return F.mse_loss(predictions_BMD, (targets_BMD - mean) / (var + 1e-6).sqrt())
+    var, mean = torch.var_mean(targets_BPD, dim=-1, keepdim=True)
+    return F.mse_loss(predictions_BPD, (targets_BPD - mean) / (var + 1e-6).sqrt())
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -224,8 +224,9 @@ class LatentMIM(nn.Module):
                 targets_BMD = self.target(*seen)
         targets_BMD = targets_BMD[:, -masked_BM.shape[1] :]
         encoded_BTD = self.online(self.patches(images_BCSS, visible_BV, views, scale), visible_BV, keys_B)
-        predictions_BMD = self.decoder(encoded_BTD, visible_BV, masked_BM)[:, 1:]
-        return self.compare(predictions_BMD, encoded_BTD[:, 1:], targets_BMD, masked_BM, similarity_target)
+        decoded_BP = masked_BM[:, : objective.num_decoded or None]  # in an order that was drawn
+        predictions_BPD = self.decoder(encoded_BTD, visible_BV, decoded_BP)[:, 1:]
+        return self.compare(predictions_BPD, encoded_BTD[:, 1:], targets_BMD, masked_BM, similarity_target)
 
     def patches(
         self, images_BCSS: Tensor, cells_BK: Tensor, views: Views, scale: tuple[Tensor, Tensor] | None
@@ -236,7 +237,7 @@ class LatentMIM(nn.Module):
 
     def compare(
         self,
-        predictions_BMD: Tensor,
+        predictions_BPD: Tensor,
         visible_BVD: Tensor,
         targets_BMD: Tensor,
         masked_BM: Tensor,
@@ -244,10 +245,11 @@ class LatentMIM(nn.Module):
     ) -> StepOutput:
         """Return the loss, and what is watched of predictions, visible tokens and targets at masked cells, in fp32."""
         objective = self.objective
-        with torch.autocast(predictions_BMD.device.type, enabled=False):
-            predictions_BMD, visible_BVD, targets_BMD = (x.float() for x in (predictions_BMD, visible_BVD, targets_BMD))
-            loss = LOSSES[objective.loss](predictions_BMD, targets_BMD, objective.temperature)
-            of_predictions, of_visible = mean_similarity(predictions_BMD), mean_similarity(visible_BVD)
+        with torch.autocast(predictions_BPD.device.type, enabled=False):
+            predictions_BPD, visible_BVD, targets_BMD = (x.float() for x in (predictions_BPD, visible_BVD, targets_BMD))
+            compared = targets_BMD if objective.loss == "infonce" else targets_BMD[:, : predictions_BPD.shape[1]]
+            loss = LOSSES[objective.loss](predictions_BPD, compared, objective.temperature)
+            of_predictions, of_visible = mean_similarity(predictions_BPD), mean_similarity(visible_BVD)
             if objective.similarity_weight:
                 excess = (of_predictions - similarity_target).square() + (of_visible - similarity_target).square()
                 loss = loss + objective.similarity_weight * excess

@@ -4,8 +4,8 @@ Owns the analytic model of the network and of what each backend keeps and sends.
 backends do, not what their names promise; tests compare it with torch's FLOP counter, with the tensors that live
 backends hold, with what autograd saves, and with the collectives that are called.
 
-Letters: K patches given · V visible · M masked · T = 1 + K tokens · Q = 1 + M queries · D encoder width · E decoder
-width · a bytes of a number that enters a matrix product.
+Letters: K patches given · V visible · M masked · P predicted of those · T = 1 + K tokens · Q = 1 + P queries · D
+encoder width · E decoder width · a bytes of a number that enters a matrix product.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class Sizes(NamedTuple):
 
     V: int
     M: int
+    P: int  # of M, those that are predicted
     seen: int  # patches that the target reads
     pixels: int  # numbers in a patch
     D: int
@@ -129,6 +130,7 @@ def sizes(config: Config) -> Sizes:
     return Sizes(
         V=objective.num_visible,
         M=masked,
+        P=objective.num_decoded or masked,
         seen=masked if objective.target_input == "masked" else cells,
         pixels=dims["patch_size"] ** 2 * 3,
         D=D,
@@ -176,16 +178,16 @@ def flops_per_image(config: Config) -> Flops:
     average, and fixed positions as queries and keys of the visual cues.
     """
     s = sizes(config)
-    T, Q = 1 + s.V, 1 + s.M
+    T, Q = 1 + s.V, 1 + s.P
     embed, blocks, projector = _encoder_flops(s, s.V)
     online = embed + blocks + projector
     A = Q + T if config.model.decoder_attention == "self" else Q  # tokens in a block of the decoder
     block = 8 * A * s.E**2 + 4 * A**2 * s.E + 4 * A * s.E * s.decoder_hidden
     if config.model.decoder_attention == "cross":
         block += 4 * Q * s.E**2 + 4 * T * s.E**2 + 4 * Q * T * s.E
-    cues = 4 * s.M * s.V * s.E * config.model.visual_cues
+    cues = 4 * s.P * s.V * s.E * config.model.visual_cues
     decoder = 2 * T * s.D * s.E + cues + s.decoder_depth * block + 2 * Q * s.E * s.D
-    loss = 2 * s.M**2 * s.D if config.objective.loss == "infonce" else 0
+    loss = 2 * s.P * s.M * s.D if config.objective.loss == "infonce" else 0
     target_embed, target_blocks, target_projector = _encoder_flops(s, s.seen)
     target = target_embed + target_blocks + target_projector
     backward = 2 * (online + decoder + loss) - embed - loss
@@ -326,7 +328,7 @@ def activation_bytes(config: Config) -> ActivationBytes:
     """
     s, parts, again = sizes(config), count_parameters(config), config.parallel.activation_checkpointing
     a = BF16 if config.precision.compute == "bf16" else FP32
-    T, Q, norm, joint = 1 + s.V, 1 + s.M, _NORM, config.objective.target == "joint"
+    T, Q, norm, joint = 1 + s.V, 1 + s.P, _NORM, config.objective.target == "joint"
     encoder_block, rest = _kept_by_encoder(s, s.V, a)
     encoder_blocks, tokens = s.depth * encoder_block, s.depth * T
     if joint:
@@ -343,12 +345,12 @@ def activation_bytes(config: Config) -> ActivationBytes:
     blocks = encoder_blocks + s.decoder_depth * decoder_block
     if again:  # their inputs
         blocks = FP32 * (tokens * s.D + s.decoder_depth * A * s.E)
-    rest += a * T * s.D + FP32 * T * s.E + FP32 * s.M * s.V * config.model.visual_cues  # into the decoder
+    rest += a * T * s.D + FP32 * T * s.E + FP32 * s.P * s.V * config.model.visual_cues  # into the decoder
     rest += Q * (4 * s.E + norm + a * s.E)
-    if config.objective.loss == "infonce":  # the norm of targets with a gradient keeps its input too
-        rest += (5 if joint else 4) * FP32 * s.M * s.D + FP32 * s.M**2
+    if config.objective.loss == "infonce":  # targets with a gradient need the predictions that they are compared with
+        rest += FP32 * (((4 if joint else 3) * s.P + s.M) * s.D + s.P * s.M)
     else:
-        rest += 2 * FP32 * s.M * s.D
+        rest += 2 * FP32 * s.P * s.D
     crop = 3 * crop_size(config.model) ** 2
     copies = 0
     if a == BF16 and config.precision.gather == "fp32":

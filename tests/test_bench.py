@@ -102,6 +102,28 @@ def test_step_measures_rows_their_parts_and_records_them(bench, tmp_path, capsys
     assert "compute=bf16" in capsys.readouterr().out
 
 
+def test_end2end_measures_loader_steps_and_both(bench, tmp_path, capsys, monkeypatch):
+    """By a clock that goes on a millisecond a look: once for a round, and around the wait for each micro-batch."""
+    for name in ("bench_step", "bench_end2end"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module, milliseconds = importlib.import_module("bench_end2end"), itertools.count()
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(milliseconds) / 1e3))
+    settings = ["parallel.backend=local", "model.embed_dim=32", "model.depth=1", "model.num_heads=2", "data.workers=1",
+                "model.decoder_dim=32", "model.decoder_num_heads=2", "data.micro_batch=4"]  # fmt: skip
+    command = ["end2end", "--steps", "3", "--rounds", "3", "configs/quickstart.yaml", "data.global_batch=8", *settings]
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert bench.main([*command, "--json"]) == 0
+    (path,) = (tmp_path / "results").glob("end2end_*.json")
+    record = json.loads(path.read_text())
+    images, micro_batches = 3 * 8, 3 * 2
+    loader, steps, both = (images / 1e-3 / looks for looks in (2 * micro_batches + 1, 1, 2 * micro_batches + 1))
+    rates = {row["name"]: row["images_per_second"] for row in record["rows"]}
+    assert rates == pytest.approx({"loader alone": loader, "steps alone": steps, "both": both}, abs=0.1)
+    assert record["share_of_the_slower"] == 1 and "100.0% of the slower" in capsys.readouterr().out
+    assert record["waited_share"] == pytest.approx(micro_batches / (2 * micro_batches + 1), abs=1e-3)
+    assert bench.main([*command, "data.train="]) == 2 and "data.train" in capsys.readouterr().err
+
+
 def test_rows_of_a_step_begin_from_the_same_weights(bench):
     """The warm-up leaves no trace: weights and AdamW's state are as they were."""
     module = importlib.import_module("bench_step")

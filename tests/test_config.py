@@ -103,6 +103,8 @@ MISTAKES = {  # override: words the one line must hold
     "data.crop_size=224": ["data.crop_size", "224", "14 x (16 + 4) = 280"],
     "objective.num_visible=196": ["objective.num_visible", "196", "14 x 14"],
     "objective.num_visible=195": ["objective.num_visible", "195"],
+    "objective.num_decoded=1": ["objective.num_decoded", "1", "2 to 176", "0 for all"],
+    "objective.num_decoded=177": ["objective.num_decoded", "177", "2 to 176"],
     "objective.num_visible=0": ["objective.num_visible", "0", "above 0"],
     "objective.loss=infonse": ["objective.loss", "infonse", "infonce", "smooth_l1"],
     "objective.momentum=1.5": ["objective.momentum", "1.5", "0 to 1"],

@@ -55,16 +55,16 @@ def tokens(seed: int, *shape: int) -> torch.Tensor:
 
 
 def infonce_by_loops(p: np.ndarray, z: np.ndarray, tau: float) -> float:
-    B, M, D = p.shape
+    (B, P, D), M = p.shape, z.shape[1]
     terms = []
     for b in range(B):
-        standard = np.empty((M, D))
+        standard = np.empty((P, D))
         for d in range(D):
             column = p[b, :, d]
-            mean = sum(column) / M
-            deviation = math.sqrt(sum((column - mean) ** 2) / (M - 1))
+            mean = sum(column) / P
+            deviation = math.sqrt(sum((column - mean) ** 2) / (P - 1))
             standard[:, d] = (column - mean) / (deviation + 1e-4)
-        for i in range(M):
+        for i in range(P):
             scores = [
                 standard[i] @ z[b, j] / math.sqrt(standard[i] @ standard[i]) / math.sqrt(z[b, j] @ z[b, j]) / tau
                 for j in range(M)
@@ -111,6 +111,21 @@ def test_losses_are_what_loops_compute(name, tau):
     predictions, targets = tokens(1, 3, 7, 5), 2 * tokens(2, 3, 7, 5)
     expected = ORACLES[name](predictions.double().numpy(), targets.double().numpy(), tau)
     assert LOSSES[name](predictions, targets, tau).item() == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_of_a_part_of_the_masked_cells_the_loss_is_that_of_their_predictions(name):
+    """InfoNCE still tells them from all that is masked; the other losses compare each with its own target."""
+    model, found = latent_mim(loss=name, num_decoded=4), {}
+    for part in ("target", "decoder"):
+        getattr(model, part).register_forward_hook(lambda m, i, out, part=part: found.update({part: out[:, 1:]}))
+    out = model(crops(5), torch.arange(5), 0.5)
+    predictions, targets = (found[part].detach().double().numpy() for part in ("decoder", "target"))
+    assert predictions.shape[1] == 4 and targets.shape[1] == 6
+    expected = ORACLES[name](predictions, targets if name == "infonce" else targets[:, :4], 0.2)
+    assert out.loss.item() == pytest.approx(expected, rel=2e-5)
+    all_of_them, by_number = (latent_mim(loss=name, num_decoded=n)(crops(5), torch.arange(5), 0.5) for n in (0, 6))
+    assert torch.equal(all_of_them.loss, by_number.loss) and not torch.equal(all_of_them.loss, out.loss)
 
 
 def test_mean_similarity_is_the_mean_over_all_pairs():
@@ -230,6 +245,7 @@ def test_options_change_what_they_name():
     changed = dict(
         target_input="all",
         gap_jitter="full",
+        num_decoded=4,
         decoder_attention="self",
         visual_cues=False,
         projector_depth=1,

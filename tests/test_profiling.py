@@ -68,6 +68,7 @@ FLOP_CASES = [
     ("quickstart", ("objective.target_input=all", "model.projector_depth=0", "objective.loss=mse")),
     ("quickstart", ("model.visual_cues=false", "model.learnable_positions=true", "model.decoder_depth=3")),
     ("quickstart", ("model.decoder_attention=self", "objective.target=joint")),
+    ("vit_small_imagenet1k", ("objective.num_decoded=44",)),
 ]  # fmt: skip
 
 
@@ -142,7 +143,9 @@ def saved_on_gpu(config: Config, images: int) -> int:
             torch.clear_autocast_cache()
 
 
-@pytest.mark.parametrize("compared_with", [(), ("model.decoder_attention=self", "objective.target=joint")])
+@pytest.mark.parametrize(
+    "compared_with", [(), ("model.decoder_attention=self", "objective.target=joint", "objective.num_decoded=60")]
+)
 @pytest.mark.parametrize(
     ("name", "compute", "checkpointing"),
     [

@@ -186,6 +186,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     step.add_argument(
         "--json", action="store_true", help=f"record the figures under {RESULTS.parent.name}/{RESULTS.name}"
     )
+    end2end = commands.add_parser("end2end", help="images/s from shards to steps, beside each alone")
+    end2end.add_argument("config", help="YAML file")
+    end2end.add_argument("overrides", nargs="*", metavar="section.key=value")
+    end2end.add_argument("--batch", type=int, metavar="N", help="images of a step, in one micro-batch (one rank)")
+    end2end.add_argument("--steps", type=int, default=20, metavar="N", help="of each kind in a round (default 20)")
+    end2end.add_argument("--rounds", type=int, default=5, metavar="N")
+    end2end.add_argument(
+        "--json", action="store_true", help=f"record the figures under {RESULTS.parent.name}/{RESULTS.name}"
+    )
     commands.add_parser("table", help="all records of steps")
     save = commands.add_parser("save", help="what a checkpoint takes from training")
     save.add_argument("config", help="YAML file")
@@ -204,6 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.command == "save":  # what they import takes seconds
         from bench_save import run_save as run
+    elif options.command == "end2end":
+        from bench_end2end import run_end2end as run
     elif options.command == "step":
         from bench_step import run_step as run
     elif options.command == "table":

@@ -24,6 +24,7 @@ from bench import RESULTS, write_figures
 from bench_released import ReleasedBackend
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from lmim import LatentMIM, dist
 from lmim.config import ConfigError, crop_size, load_config, validate
@@ -75,7 +76,7 @@ class StepRow:
     name: str
     config: Config
     backend: Backend
-    step: Callable[[Clock | None], None]
+    step: Callable[..., None]
     global_batch: int
     gflop_per_image: float
     memory_gib: float = 0.0
@@ -101,7 +102,7 @@ def build(name: str, config: Config, topology: dist.Topology, released: bool) ->
     schedules, numbers = Schedules(10_000, 100, 1e-4, 0.25, 0.996, 0.75, 0.25), itertools.count()
     keys = torch.arange(per_rank, device=device) + per_rank * topology.rank
 
-    def step(clock: Clock | None = None) -> None:
+    def step(clock: Clock | None = None, take: Callable[[], tuple[Tensor, Tensor]] = lambda: (images, keys)) -> None:
         mark = clock.mark if clock else lambda ends: None
         hyper = schedules.at(next(numbers))
         mark("")
@@ -109,7 +110,7 @@ def build(name: str, config: Config, topology: dist.Topology, released: bool) ->
         mark("EMA")
         for micro in range(split.accumulate):
             last = micro == split.accumulate - 1
-            backend.forward_backward(images, keys, hyper.similarity_target, last_micro=last)
+            backend.forward_backward(*take(), hyper.similarity_target, last_micro=last)
             mark("backward")
         backend.finish_step()
         mark("optimizer")
