@@ -139,15 +139,16 @@ def meet(topology: Topology, timeout: timedelta, *, join: bool = False) -> torch
     return store
 
 
-def keep_freed_memory(most_bytes: int = -1) -> None:
+def keep_freed_memory(most_bytes: int = -1, largest_bytes: int = 32 * 2**20) -> None:
     """Let glibc keep what is freed for the next step; else it goes back to the system, which clears every page anew.
 
-    `most_bytes` is how much (-1: all). It does nothing where there is no glibc, or its settings are in the environment.
+    `most_bytes` is how much at the end of its memory (-1: all), and larger blocks than `largest_bytes` (32 MiB at most)
+    go back in any case. It does nothing where there is no glibc, or its settings are in the environment.
     """
     adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if adjust is None or any(name.startswith("MALLOC_") for name in os.environ):
         return
-    adjust(_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes; what is larger comes from the system, and goes back there
+    adjust(_MMAP_THRESHOLD, min(largest_bytes, 32 * 2**20))
     adjust(_TRIM_THRESHOLD, most_bytes)
 
 

@@ -34,7 +34,6 @@ from lmim.profiling import flops_per_image, matrix_peak
 from lmim.schedules import Schedules
 
 WARM_UP_STEPS = 3
-AS_GLIBC_BYTES = 64 * 2**20  # the most that it keeps of what is freed, left to itself
 PARTS = ("EMA", "views and patches", "target", "encoder", "decoder", "loss", "backward", "optimizer")
 
 
@@ -79,6 +78,7 @@ class StepRow:
     step: Callable[..., None]
     global_batch: int
     gflop_per_image: float
+    largest_block: int = 0  # bytes
     memory_gib: float = 0.0
     rates: list[float] = dataclasses.field(default_factory=list)  # images/s, one a round
     shares: list[float] = dataclasses.field(default_factory=list)  # of the peak of the same round
@@ -88,6 +88,26 @@ class StepRow:
     @property
     def median(self) -> float:
         return statistics.median(self.rates)
+
+    def set_memory_up(self, device: torch.device) -> None:
+        """On CPUs keep what is freed, as lmim does; for the released code's shape do as glibc does by itself.
+
+        That takes the largest block that was freed for what goes back to the system, and keeps twice as much
+        (mallopt(3), "dynamic mmap threshold").
+        """
+        if device.type != "cpu":
+            return
+        if isinstance(self.backend, ReleasedBackend):
+            dist.keep_freed_memory(most_bytes=2 * self.largest_block, largest_bytes=self.largest_block)
+        else:
+            dist.keep_freed_memory()
+
+
+def largest_block(step: Callable[..., None]) -> int:
+    """Return the bytes of the largest tensor that a step makes on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    return max(event.cpu_memory_usage for event in profiler.events() if event.name == "[memory]")
 
 
 def build(name: str, config: Config, topology: dist.Topology, released: bool) -> StepRow:
@@ -122,8 +142,8 @@ def build(name: str, config: Config, topology: dist.Topology, released: bool) ->
         for piece, numbers_then in zip(backend.pieces(), begun, strict=True):
             piece.numbers.copy_(numbers_then)
     backend.loaded(0)
-    gflop = flops_per_image(config).total / 1e9
-    return StepRow(name, config, backend, step, config.data.global_batch, gflop)
+    gflop, largest = flops_per_image(config).total / 1e9, largest_block(step) if device.type == "cpu" else 0
+    return StepRow(name, config, backend, step, config.data.global_batch, gflop, largest)
 
 
 def watch_parts(model: LatentMIM, clock: Clock) -> Callable[[], None]:
@@ -159,8 +179,7 @@ def measure(rows: Sequence[StepRow], options: argparse.Namespace, topology: dist
     for _ in range(options.rounds):
         peaks.append(matrix_peak(device, dtype))
         for row in rows:
-            if device.type == "cpu":
-                dist.keep_freed_memory(AS_GLIBC_BYTES if isinstance(row.backend, ReleasedBackend) else -1)
+            row.set_memory_up(device)
             row.step()
             synchronize(device)
             began = time.perf_counter()
@@ -173,6 +192,7 @@ def measure(rows: Sequence[StepRow], options: argparse.Namespace, topology: dist
     for row in rows:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        row.set_memory_up(device)
         clock, found = Clock(device), []
         undo = watch_parts(row.backend.model, clock)
         for _ in range(max(options.steps // 2, 2)):
