@@ -138,11 +138,12 @@ def build(name: str, config: Config, topology: dist.Topology, released: bool) ->
     begun = [piece.numbers.clone() for piece in backend.pieces()]
     for _ in range(WARM_UP_STEPS):
         step()
+    largest = largest_block(step) if device.type == "cpu" else 0
     with torch.no_grad():
         for piece, numbers_then in zip(backend.pieces(), begun, strict=True):
             piece.numbers.copy_(numbers_then)
     backend.loaded(0)
-    gflop, largest = flops_per_image(config).total / 1e9, largest_block(step) if device.type == "cpu" else 0
+    gflop = flops_per_image(config).total / 1e9
     return StepRow(name, config, backend, step, config.data.global_batch, gflop, largest)
 
 
