@@ -344,9 +344,10 @@ def _check_model(config: Config) -> None:
             f"cells (model.grid_size) masked: at most {cells - 2}"
         )
     decoded = config.objective.num_decoded
-    if decoded and not 2 <= decoded <= cells - visible:
+    least = min(8, cells - visible)  # InfoNCE standardises over them, and of two only the order would be left
+    if decoded and not least <= decoded <= cells - visible:
         raise ConfigError(
-            f"objective.num_decoded ({decoded}) must be 2 to {cells - visible} of the masked cells, or 0 for all"
+            f"objective.num_decoded ({decoded}) must be {least} to {cells - visible} of the masked cells, or 0 for all"
         )
     needed = crop_size(model)
     if config.data.crop_size not in (None, needed):

@@ -146,7 +146,8 @@ def keep_freed_memory(most_bytes: int = -1, largest_bytes: int = 32 * 2**20) -> 
     go back in any case. It does nothing where there is no glibc, or its settings are in the environment.
     """
     adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if adjust is None or any(name.startswith("MALLOC_") for name in os.environ):
+    settings = os.environ.get("GLIBC_TUNABLES", "")
+    if adjust is None or "glibc.malloc" in settings or any(name.startswith("MALLOC_") for name in os.environ):
         return
     adjust(_MMAP_THRESHOLD, min(largest_bytes, 32 * 2**20))
     adjust(_TRIM_THRESHOLD, most_bytes)

@@ -65,7 +65,7 @@ class Heartbeat:
                 self._answered = now
                 if self.store.check(["verdict"]):
                     words = self.store.get("verdict").decode()
-                    self.store.set(f"heard/{self.rank}", b"")
+                    self._let_all_hear()
                     self._end_process(words)
                 self._stop.wait(self.interval_s)
         except RuntimeError as error:  # the process that holds the store is gone
@@ -99,18 +99,21 @@ class Heartbeat:
         if time.monotonic() - self._answered < self.grace_s:
             with suppress(RuntimeError):
                 self.store.set("verdict", words)
-                self.store.set(f"heard/{self.rank}", b"")
-                if self.rank == 0:  # the store is gone with this process, and one that has not heard would blame it
-                    self.store.wait(self._to_hear(), timedelta(seconds=2 * self.grace_s))
+            self._let_all_hear()
         self._end_process(words)
 
-    def _to_hear(self) -> list[str]:
-        """Return the keys by which the ranks that still give signs say that they have read the verdict."""
-        dumb = {
-            *self.silent(self.grace_s),
-            *(r for r, (sign, _) in self._signs.items() if sign.startswith((LEFT, FAILED))),
-        }
-        return [f"heard/{rank}" for rank in range(self.world_size) if rank not in dumb]
+    def _let_all_hear(self) -> None:
+        """Say that this rank knows the verdict; where the store is, wait until all know it that still give signs.
+
+        The store is gone with rank 0, and a rank that had not read the verdict by then would blame rank 0.
+        """
+        with suppress(RuntimeError):
+            self.store.set(f"heard/{self.rank}", b"")
+            if self.rank == 0:
+                ended = {rank for rank, (sign, _) in self._signs.items() if sign.startswith((LEFT, FAILED))}
+                deaf = ended.union(self.silent(self.grace_s))
+                awaited = [f"heard/{rank}" for rank in range(self.world_size) if rank not in deaf]
+                self.store.wait(awaited, timedelta(seconds=2 * self.grace_s))
 
     def silent(self, seconds: float) -> list[int]:
         """Return the watched ranks, in order, that have given no sign for so long and neither left nor failed."""

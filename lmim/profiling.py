@@ -323,24 +323,27 @@ def activation_bytes(config: Config) -> ActivationBytes:
     """Return what autograd keeps on a GPU, as the configuration checkpoints activations.
 
     Under bf16 autocast, inputs of matrix products are bf16, the residual stream and norms fp32. Fused attention keeps
-    q, k, v, its output and a sum for each query and head; the CPU's plain products keep T × T weights instead. Masks
-    of dropout and what `torch.compile` spares are left out.
+    q, k, v, its output and a sum for each query and head; plain products keep weights of all pairs instead of that sum,
+    in fp32 and as they enter the next product. Masks of dropout and what `torch.compile` spares are left out.
     """
     s, parts, again = sizes(config), count_parameters(config), config.parallel.activation_checkpointing
     a = BF16 if config.precision.compute == "bf16" else FP32
     T, Q, norm, joint = 1 + s.V, 1 + s.P, _NORM, config.objective.target == "joint"
-    encoder_block, rest = _kept_by_encoder(s, s.V, a)
+    plain = config.parallel.attention == "plain"
+    encoder_block, rest = _kept_by_encoder(s, s.V, a, plain)
     encoder_blocks, tokens = s.depth * encoder_block, s.depth * T
     if joint:
-        target_block, target_rest = _kept_by_encoder(s, s.seen, a)
+        target_block, target_rest = _kept_by_encoder(s, s.seen, a, plain)
         encoder_blocks, tokens = encoder_blocks + s.depth * target_block, tokens + s.depth * (1 + s.seen)
         encoder_block, rest = max(encoder_block, target_block), rest + target_rest
     if config.model.decoder_attention == "self":
         A = Q + T
-        decoder_block = A * (8 * s.E + 2 * norm + 6 * a * s.E + 2 * a * s.decoder_hidden + FP32 * s.decoder_heads)
+        decoder_block = A * (8 * s.E + 2 * norm + 6 * a * s.E + 2 * a * s.decoder_hidden)
+        decoder_block += A * s.decoder_heads * _kept_weights(A, a, plain)
     else:
         A = Q
-        decoder_block = Q * (12 * s.E + 3 * norm + 9 * a * s.E + 2 * a * s.decoder_hidden + 2 * FP32 * s.decoder_heads)
+        decoder_block = Q * (12 * s.E + 3 * norm + 9 * a * s.E + 2 * a * s.decoder_hidden)
+        decoder_block += Q * s.decoder_heads * (_kept_weights(Q, a, plain) + _kept_weights(T, a, plain))
         decoder_block += T * (norm + 3 * a * s.E)
     blocks = encoder_blocks + s.decoder_depth * decoder_block
     if again:  # their inputs
@@ -350,7 +353,8 @@ def activation_bytes(config: Config) -> ActivationBytes:
     if config.objective.loss == "infonce":  # targets with a gradient need the predictions that they are compared with
         rest += FP32 * (((4 if joint else 3) * s.P + s.M) * s.D + s.P * s.M)
     else:
-        rest += 2 * FP32 * s.P * s.D
+        as_they_are = config.objective.loss in ("mse", "l1", "smooth_l1")  # a view, which keeps all targets
+        rest += FP32 * (s.P + (s.M if as_they_are else s.P)) * s.D
     crop = 3 * crop_size(config.model) ** 2
     copies = 0
     if a == BF16 and config.precision.gather == "fp32":
@@ -363,10 +367,15 @@ def activation_bytes(config: Config) -> ActivationBytes:
 _NORM = 2 * FP32  # norms keep their fp32 input and two statistics, products their inputs, GELU its own
 
 
-def _kept_by_encoder(s: Sizes, K: int, a: int) -> tuple[int, int]:
+def _kept_weights(context: int, a: int, plain: bool) -> int:
+    """Return what is kept of the weights of one query of one head: their sum, or all of them."""
+    return context * (FP32 + BF16 * (a == BF16)) if plain else FP32
+
+
+def _kept_by_encoder(s: Sizes, K: int, a: int, plain: bool) -> tuple[int, int]:
     """Return what is kept of K patches by one block, and by all that is no block."""
     T = 1 + K
-    block = T * (8 * s.D + 2 * _NORM + 6 * a * s.D + 2 * a * s.hidden + FP32 * s.heads)
+    block = T * (8 * s.D + 2 * _NORM + 6 * a * s.D + 2 * a * s.hidden + s.heads * _kept_weights(T, a, plain))
     rest = a * K * s.pixels + T * (4 * s.D + _NORM)  # patches; the last norm
     rest += T * sum(a * w for w in s.projector[:-1]) + T * sum(8 * w + _NORM for w in s.projector[1:-1])
     rest += T * (4 * s.D + _NORM) * bool(s.projector[1:]) + 4 * T * s.D  # the projector's last norm; the output

@@ -4,8 +4,9 @@ Owns attention, blocks, positions, the projector and the initialisation. The inv
 contract that follows timm, and `initial_values` gives every parameter and buffer from (seed, name) alone, so the
 values depend neither on the device nor on how the model is cut over ranks.
 
-Letters: B images · T tokens (class token first) · N cells · K patches given · V visible · M masked · D encoder width ·
-E decoder width. Paper: section 3.2; pre-LN blocks as in ViT (arXiv:2010.11929) and MAE (arXiv:2111.06377).
+Letters: B images · T tokens (class token first) · N cells · K patches given · V visible · P predicted, of the masked ·
+D encoder width · E decoder width. Paper: section 3.2; pre-LN blocks as in ViT (arXiv:2010.11929) and MAE
+(arXiv:2111.06377).
 """
 
 from __future__ import annotations
@@ -91,13 +92,8 @@ class BranchNoise(nn.Module):
 
 
 def attend(q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, kernel: str) -> Tensor:
-    """Return softmax(q·kᵀ/√C)·v, of any number of heads, by the kernel that `parallel.attention` names.
-
-    "auto" is "fused", in one kernel, but in bf16 on CPUs "plain": the fused backward is slow there, two to three times
-    as long as plain products for 177 tokens and five to seven times for 11 to 40 (`tools/bench_results/README.md`).
-    """
-    on_cpu_in_bf16 = q_BHTC.device.type == "cpu" and v_BHSC.dtype == torch.bfloat16
-    if kernel == "fused" or (kernel == "auto" and not on_cpu_in_bf16):
+    """Return softmax(q·kᵀ/√C)·v, of any number of heads, "fused" in one kernel or by "plain" products."""
+    if kernel == "fused":
         return F.scaled_dot_product_attention(q_BHTC, k_BHSC, v_BHSC)
     weights_BHTS = (q_BHTC * q_BHTC.shape[-1] ** -0.5) @ k_BHSC.transpose(-2, -1)
     return weights_BHTS.softmax(dim=-1) @ v_BHSC
@@ -106,7 +102,7 @@ def attend(q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, kernel: str) -> Tenso
 class Attention(timm_layers.Attention):
     """timm's multi-head self-attention (B, T, D), by names and numbers, with a choice of kernel."""
 
-    kernel = "auto"
+    kernel = "fused"
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -299,7 +295,7 @@ class VisionTransformer(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of queries (B, T, E) over a context (B, S, E), with biases."""
 
-    kernel = "auto"
+    kernel = "fused"
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -341,7 +337,7 @@ class Decoder(nn.Module):
     an encoder's, in which mask tokens and visible ones attend to each other (MAE): what the paper compares with.
     """
 
-    kernel = "auto"
+    kernel = "fused"
 
     def __init__(
         self,
@@ -372,9 +368,9 @@ class Decoder(nn.Module):
         self.head = nn.Linear(embed_dim, encoder_dim)
         self.grid_size, self.recompute = grid_size, False
 
-    def forward(self, encoded_BTD: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
-        """Map encoder tokens (B, 1 + V, D) to predictions (B, 1 + M, D), the decoder's class token first."""
-        q_BTE, x_BTE = self.enter(encoded_BTD, visible_BV, masked_BM)
+    def forward(self, encoded_BTD: Tensor, visible_BV: Tensor, decoded_BP: Tensor) -> Tensor:
+        """Map encoder tokens (B, 1 + V, D) to predictions (B, 1 + P, D), the decoder's class token first."""
+        q_BTE, x_BTE = self.enter(encoded_BTD, visible_BV, decoded_BP)
         if self.attention == "self":
             all_BTE = torch.cat([q_BTE, x_BTE], dim=1)
             for block in self.blocks:
@@ -384,22 +380,22 @@ class Decoder(nn.Module):
             q_BTE = run_block(block, self.recompute, q_BTE, x_BTE)
         return self.leave(q_BTE)
 
-    def enter(self, encoded_BTD: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the queries (B, 1 + M, E) that enter the first block, and their context (B, 1 + V, E)."""
+    def enter(self, encoded_BTD: Tensor, visible_BV: Tensor, decoded_BP: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries (B, 1 + P, E) that enter the first block, and their context (B, 1 + V, E)."""
         x_BTE = self.embed(encoded_BTD)
         class_11E, cells_NE = self.pos_embed[:, :1], self.pos_embed[0, 1:]
-        visible_pos_BVE, masked_pos_BME = F.embedding(visible_BV, cells_NE), F.embedding(masked_BM, cells_NE)
-        queries_BME = self.mask_token.expand(*masked_pos_BME.shape)
+        visible_pos_BVE, decoded_pos_BPE = F.embedding(visible_BV, cells_NE), F.embedding(decoded_BP, cells_NE)
+        queries_BPE = self.mask_token.expand(*decoded_pos_BPE.shape)
         if self.visual_cues:
             # attention with positions as queries and keys has exactly the scale 1/√E
-            queries_BME = queries_BME + attend(masked_pos_BME, visible_pos_BVE, x_BTE[:, 1:], self.kernel)
+            queries_BPE = queries_BPE + attend(decoded_pos_BPE, visible_pos_BVE, x_BTE[:, 1:], self.kernel)
         B = len(x_BTE)
         class_B1E = (self.cls_token + class_11E).expand(B, -1, -1)
-        q_BTE = torch.cat([class_B1E, queries_BME + masked_pos_BME], dim=1)
+        q_BTE = torch.cat([class_B1E, queries_BPE + decoded_pos_BPE], dim=1)
         return q_BTE, x_BTE + torch.cat([class_11E.expand(B, -1, -1), visible_pos_BVE], dim=1)
 
     def leave(self, queries_BTE: Tensor) -> Tensor:
-        """Return the predictions (B, 1 + M, D) that follow from the last block's queries."""
+        """Return the predictions (B, 1 + P, D) that follow from the last block's queries."""
         return self.head(self.norm(queries_BTE))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

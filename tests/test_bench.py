@@ -102,6 +102,14 @@ def test_step_measures_rows_their_parts_and_records_them(bench, tmp_path, capsys
     assert "compute=bf16" in capsys.readouterr().out
 
 
+def test_the_largest_block_that_a_step_frees_is_found(bench):
+    def step() -> None:
+        for kib in (64, 4096, 40 * 1024, 1024):  # the third is larger than glibc would ever keep
+            torch.zeros(kib * 1024 // 4).sum()
+
+    assert importlib.import_module("bench_step").largest_block(step) == 4 * 2**20
+
+
 def test_end2end_measures_loader_steps_and_both(bench, tmp_path, capsys, monkeypatch):
     """By a clock that goes on a millisecond a look: once for a round, and around the wait for each micro-batch."""
     for name in ("bench_step", "bench_end2end"):

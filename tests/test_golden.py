@@ -76,7 +76,7 @@ def test_every_path_to_the_same_numbers_replays_the_recorded_cases(option, tool,
 
     def prepared(*recorded) -> LatentMIM:
         model = build(*recorded)
-        prepare_blocks(model, config)
+        prepare_blocks(model, config, torch.device("cpu"))
         return model
 
     monkeypatch.setattr(tool, "build", prepared)

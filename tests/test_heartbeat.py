@@ -92,7 +92,9 @@ def test_a_rank_that_is_gone_is_named_by_the_others(tmp_path, lost, how):
         processes[lost].communicate()
 
 
-def test_who_holds_the_store_waits_until_all_have_heard(monkeypatch):
+@pytest.mark.parametrize("caller", [0, 3])
+def test_who_holds_the_store_waits_until_all_have_heard(monkeypatch, caller):
+    """Rank 1 is silent and rank 2 slow; rank 0, with the store, or rank 3 finds out."""
     ended = []
 
     def end_process(heartbeat: Heartbeat, words: str) -> None:
@@ -102,22 +104,32 @@ def test_who_holds_the_store_waits_until_all_have_heard(monkeypatch):
 
     monkeypatch.setattr(Heartbeat, "_end_process", end_process)
     held = torch.distributed.TCPStore("127.0.0.1", free_port(), is_master=True)
-    for name, value in {"host/1": "host-b", "host/2": "host-c", "sign/1": "0"}.items():  # of rank 1 no other sign
+    for name, value in {f"host/{rank}": f"host-{rank}" for rank in range(4)}.items():
         held.set(name, value)
-    first, last = (Heartbeat(held.clone(), rank, 3, f"host-{'abc'[rank]}", limit_s=4, progress_limit_s=600)
-                   for rank in (0, 2))  # fmt: skip
-    last.interval_s = 0.75 * last.grace_s  # a slow one, and no longer than that is a rank silent
+    held.set("sign/1", "0")  # no other will come
+    ranks = {rank: Heartbeat(held.clone(), rank, 4, f"host-{rank}", limit_s=4, progress_limit_s=600)
+             for rank in (0, 2, 3)}  # fmt: skip
+    for heartbeat in ranks.values():
+        heartbeat.limit_s = 600  # nobody else finds out by itself
+    ranks[2].interval_s = 0.75 * ranks[2].grace_s  # a slow one, and no longer than that is a rank silent
     try:
-        while first.silent(first.grace_s) != [1]:
+        while ranks[0].silent(ranks[0].grace_s) != [1]:
             time.sleep(0.05)
         sign = held.get("sign/2")
         while held.get("sign/2") == sign:
             time.sleep(0.01)  # it has just looked for a verdict
         with pytest.raises(RuntimeError, match="ended"):
-            first.end("rank 1 on host-b is lost")
+            ranks[caller].end("rank 1 on host-1 is lost")
+        until = time.monotonic() + 10
+        while len({rank for rank, _ in ended}) < 3:
+            assert time.monotonic() < until, ended
+            time.sleep(0.05)
     finally:
-        last._stop.set()
-    assert ended == [(2, "rank 1 on host-b is lost"), (0, "rank 1 on host-b is lost")]
+        for heartbeat in ranks.values():
+            heartbeat._stop.set()
+    assert {words for _, words in ended} == {"rank 1 on host-1 is lost"}
+    order = [rank for rank, _ in ended]
+    assert order.index(0) > max(order.index(2), order.index(3)), "the store went before all had heard"
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import torch
 
 from lmim.config import ConfigError, Split, load_config, validate
 from lmim.dist import Topology
+from lmim.objective import LatentMIM
 from lmim.options import Config
-from lmim.parallel import build_backend
+from lmim.parallel import attention_kernels, build_backend, lend, prepare_blocks
 from lmim.parallel.engine import engine_config
 from tests.conftest import REPOSITORY, TINY
 
@@ -35,6 +36,30 @@ def test_a_setting_that_cannot_be_names_what_can(ranks, settings, words):
         validate(config, ranks)
     assert "\n" not in str(caught.value)
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "kernel"),
+    [
+        ("cpu", "precision.compute=bf16", "plain"),
+        ("cpu", "precision.compute=fp32", "fused"),
+        ("cuda", "precision.compute=bf16", "fused"),
+        ("cuda", "parallel.attention=plain", "plain"),
+        ("cpu", "precision.compute=bf16 parallel.attention=fused", "fused"),
+    ],
+)
+def test_the_kernel_of_attention_follows_device_and_precision_and_is_lent_fused(device, settings, kernel):
+    config = load_config(REPOSITORY / "configs" / "quickstart.yaml", [*TINY, *settings.split()])
+    with torch.device("meta"):
+        model = LatentMIM(config.model, config.objective)
+    prepare_blocks(model, config, torch.device(device))
+    kernels = attention_kernels(model)
+    assert len(kernels) == 2 * config.model.depth + 2 * config.model.decoder_depth + 1  # encoders; decoder; cues
+    assert set(kernels.values()) == {kernel}
+    with lend(model.online):
+        assert set(attention_kernels(model.online).values()) == {"fused"}
+        assert set(attention_kernels(model.target).values()) == {kernel}
+    assert attention_kernels(model) == kernels
 
 
 def with_json(tmp_path, content: object, *settings: str) -> Config:

@@ -22,6 +22,7 @@ from lmim.__main__ import main
 from lmim.config import crop_size, load_config, validate
 from lmim.objective import LatentMIM
 from lmim.options import Config
+from lmim.parallel import prepare_blocks
 from lmim.profiling import activation_bytes, collectives, count_parameters, flops_per_image, state_bytes
 from tests.backend_costs import measure
 from tests.conftest import REPOSITORY, free_port, process_environment
@@ -130,7 +131,7 @@ def fused_attention(monkeypatch):
 def saved_on_gpu(config: Config, images: int) -> int:
     """Return what autograd saves with CUDA's rules of autocast, on tensors without memory."""
     model = on_meta(config)
-    model.set_grad_checkpointing(config.parallel.activation_checkpointing)
+    prepare_blocks(model, config, torch.device("cuda"))
     bf16 = config.precision.compute == "bf16"
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cuda")
@@ -143,9 +144,14 @@ def saved_on_gpu(config: Config, images: int) -> int:
             torch.clear_autocast_cache()
 
 
-@pytest.mark.parametrize(
-    "compared_with", [(), ("model.decoder_attention=self", "objective.target=joint", "objective.num_decoded=60")]
-)
+VARIATIONS = [
+    (),
+    ("model.decoder_attention=self", "objective.target=joint", "objective.num_decoded=60"),
+    ("parallel.attention=plain", "objective.loss=mse", "objective.num_decoded=60"),
+]
+
+
+@pytest.mark.parametrize("compared_with", VARIATIONS)
 @pytest.mark.parametrize(
     ("name", "compute", "checkpointing"),
     [
@@ -173,7 +179,7 @@ def test_activations_are_those_that_autograd_saves_on_a_gpu(
 
 @pytest.mark.parametrize("overrides", [(), ("model.decoder_depth=3", "objective.num_visible=20")])
 def test_activations_are_those_that_autograd_saves_on_a_cpu(overrides):
-    """In fp32 and with fused attention; by plain products, as runs on CPUs, the attention's weights come on top."""
+    """In fp32 and with fused attention, as runs on CPUs do in that precision."""
     config = recipe("quickstart", "precision.compute=fp32", *overrides)
     model = LatentMIM(config.model, config.objective)
     model.init_weights()

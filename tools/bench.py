@@ -2,11 +2,13 @@
 
     bench.py data --photos DIR [--rounds N] [--json]
     bench.py step CONFIG [section.key=value ...] [--vary KEY=A,B] [--released] [--json]
+    bench.py end2end CONFIG [section.key=value ...] [--json]
     bench.py save CONFIG [section.key=value ...] [--json]
     bench.py table
 
 data: images/s per core from files to crops. make_photos.py makes the photos.
 step: images/s of training steps, the time of their parts, MFU, memory; under any launcher.
+end2end: images/s from shards to steps, beside the loader alone and the steps alone; under any launcher.
 save: what a checkpoint takes from training, written beside it or in it.
 table: all records of steps.
 

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from lmim import dist
 from lmim.config import ConfigError, crop_size
-from lmim.data.loader import Batch, open_data, train_batches
+from lmim.data.loader import PREFETCH, Batch, loader_workers, open_data, train_batches
 
-QUEUED_BATCHES = 8  # at most: made while others were measured, and so not counted
 LOADER, STEPS, BOTH = "loader alone", "steps alone", "both"
 
 
@@ -69,7 +68,10 @@ def measure(options: argparse.Namespace, topology: dist.Topology) -> tuple[dict[
         raise ConfigError(f"data.train ({config.data.train}) holds no images: give a folder of shards")
     row = build(BOTH, config, topology, released=False)
     split, device = row.backend.split, topology.device
-    steps_in_all = options.rounds * (2 * options.steps + -(-2 * QUEUED_BATCHES // split.accumulate))
+    ready = loader_workers(config.data, topology) * (
+        PREFETCH + 1
+    )  # batches made while others are measured: not counted
+    steps_in_all = options.rounds * (2 * options.steps + -(-2 * ready // split.accumulate))
     source = Source(train_batches(config.data, index, seed=config.run.seed, size=crop_size(config.model), split=split,
                                   topology=topology, start_step=0, total_steps=steps_in_all))  # fmt: skip
 
@@ -90,7 +92,7 @@ def measure(options: argparse.Namespace, topology: dist.Topology) -> tuple[dict[
     for _ in range(options.rounds):
         for name, run in ((LOADER, loader_alone), (STEPS, steps_alone), (BOTH, both)):
             if name != STEPS:
-                for _ in range(QUEUED_BATCHES):
+                for _ in range(ready):
                     source.take()
             synchronize(device)
             source.waited_s, began = 0.0, time.perf_counter()

@@ -92,8 +92,8 @@ class StepRow:
     def set_memory_up(self, device: torch.device) -> None:
         """On CPUs keep what is freed, as lmim does; for the released code's shape do as glibc does by itself.
 
-        That takes the largest block that was freed for what goes back to the system, and keeps twice as much
-        (mallopt(3), "dynamic mmap threshold").
+        That serves the largest block that was freed, of 32 MiB at most, and all smaller ones from its own memory, of
+        which it keeps twice as much at the end (mallopt(3), "dynamic mmap threshold").
         """
         if device.type != "cpu":
             return
@@ -104,10 +104,11 @@ class StepRow:
 
 
 def largest_block(step: Callable[..., None]) -> int:
-    """Return the bytes of the largest tensor that a step makes on the CPU."""
+    """Return the bytes of the largest block, of 32 MiB at most, that a step frees on the CPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    return max(event.cpu_memory_usage for event in profiler.events() if event.name == "[memory]")
+    freed = [-event.cpu_memory_usage for event in profiler.events() if event.name == "[memory]"]
+    return max((size for size in freed if size <= 32 * 2**20), default=0)
 
 
 def build(name: str, config: Config, topology: dist.Topology, released: bool) -> StepRow:

@@ -109,17 +109,31 @@ def autocast(topology: Topology, config: Config) -> AbstractContextManager:
     return torch.autocast(topology.device.type, torch.bfloat16, enabled=config.precision.compute == "bf16")
 
 
+def attention_kernels(module: nn.Module) -> dict[nn.Module, str]:
+    """Return the kernel of each attention in a module."""
+    return {inner: inner.kernel for inner in module.modules() if hasattr(inner, "kernel")}
+
+
+def choose_attention(module: nn.Module, kernel: str) -> None:
+    """Let every attention in a module run by one kernel: "fused" or "plain"."""
+    for inner in attention_kernels(module):
+        inner.kernel = kernel
+
+
 @contextmanager
 def lend(part: nn.Module) -> Iterator[Any]:
     """Lend a part of the model for evaluation: no gradient, no noise, fp32 as when it is evaluated on its own."""
-    training = part.training
+    training, kernels = part.training, attention_kernels(part)
     part.eval()
+    choose_attention(part, "fused")
     try:
         # not compiled: every batch size and resolution of an evaluation would make a graph of its own
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield part
     finally:
         part.train(training)
+        for module, kernel in kernels.items():
+            module.kernel = kernel
 
 
 @contextmanager
@@ -142,17 +156,19 @@ def lend_whole(
         yield part
 
 
-def prepare_blocks(model: Trainable, config: Config) -> None:
+def prepare_blocks(model: Trainable, config: Config, device: torch.device) -> None:
     """Choose attention's kernel, set activation checkpointing and compile the model in place, so that names stay.
 
-    It comes before weights are cut.
+    It comes before weights are cut. The fused kernel's backward is slow in bf16 on CPUs: two to three times as long as
+    plain products for 177 tokens, and three to seven times for 11 to 40 (`tools/bench_results/README.md`).
 
     Blocks are compiled one by one: those of a part share a graph, and each can be gathered by itself. What lies
     between them is compiled too, where it is many small operations.
     """
-    for module in model.modules():
-        if hasattr(module, "kernel"):
-            module.kernel = config.parallel.attention
+    kernel = config.parallel.attention
+    if kernel == "auto":
+        kernel = "plain" if device.type == "cpu" and config.precision.compute == "bf16" else "fused"
+    choose_attention(model, kernel)
     model.set_grad_checkpointing(config.parallel.activation_checkpointing)
     if not config.parallel.compile:
         return

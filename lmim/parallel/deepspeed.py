@@ -73,7 +73,7 @@ class DeepSpeedBackend:
         self.build = build
         with torch.device("meta"):
             self.model = build()
-        prepare_blocks(self.model, self.config)
+        prepare_blocks(self.model, self.config, self.topology.device)
         groups = self.model.parameter_groups(self.config.optim.weight_decay)
         if self.cut:
             self._fill_and_cut()

@@ -59,7 +59,7 @@ class FsdpBackend:
         self.build = build
         with torch.device("meta"):
             self.model = build()
-        prepare_blocks(self.model, self.config)
+        prepare_blocks(self.model, self.config, self.topology.device)
         self._shard()
         self.model.to_empty(device=self.topology.device)
         with torch.no_grad():

@@ -37,7 +37,7 @@ class LocalBackend:
     def prepare(self, build: Callable[[], Trainable]) -> None:
         with torch.device("meta"):
             model = build()
-        prepare_blocks(model, self.config)
+        prepare_blocks(model, self.config, self.topology.device)
         self.model = model.to_empty(device=self.topology.device)
         self.model.init_weights(self.config.run.seed)
         optim = self.config.optim
