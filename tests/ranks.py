@@ -429,7 +429,7 @@ JOBS = {
 
 def main(jobs: Path, folder: Path) -> None:
     topology = dist.discover()
-    dist.init(topology, timeout_minutes=4)
+    dist.init(topology, timeout_minutes=12)  # compiling takes minutes where others compute; `run_jobs` ends what hangs
     try:
         for job in json.loads(jobs.read_text()):
             outcome = JOBS[job["do"]](job["settings"], topology, **job.get("options", {}))
