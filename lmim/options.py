@@ -56,7 +56,7 @@ class ObjectiveConfig:
     loss: str = "infonce"  # infonce, norm_l2, mse, l1, smooth_l1 or cosine
     temperature: float = 0.2  # of InfoNCE: lower tells patches apart more sharply
     num_visible: int = 20  # of grid_size² cells
-    num_decoded: int = 0  # of the masked cells, drawn anew for each image: only these are predicted; 0: all
+    num_decoded: int = 0  # masked cells that are predicted, drawn anew for each image, at least 8; 0: all
     target: str = "ema"  # what makes targets: a moving average, or joint: the online encoder itself, with gradient
     target_input: str = "masked"  # what the target encoder sees: masked patches, or all
     gap_jitter: str = "released"  # offsets 0 … gap − 1 as released, or full: 0 … gap

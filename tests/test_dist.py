@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,3 +101,46 @@ def test_tasks_of_srun_meet_without_further_settings():
                               env=dict(shared, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)))
              for rank in range(2)]  # fmt: skip
     assert [task.communicate(timeout=60)[0] for task in tasks] == ["[0, 1]\n"] * 2
+
+
+FREED = """
+import resource, torch
+from lmim import dist
+
+dist.init(dist.discover(), 1)
+for _ in range(20):
+    held = [torch.ones(4 * 2**20) for _ in range(4)]  # 16 MiB each
+    del held
+    if _ == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+def test_what_is_freed_is_kept_for_the_next_step():
+    """Of 19 times 64 MiB that are written anew, at most one time's pages come from the system."""
+    environment = process_environment() | dict(PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-c", FREED], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 64
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "adjusted"),
+    [
+        ("PATH", "/bin", True),
+        ("GLIBC_TUNABLES", "glibc.pthread.rseq=0", True),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072", False),
+        ("MALLOC_TRIM_THRESHOLD_", "131072", False),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="no glibc")
+def test_memory_that_the_user_has_set_up_is_left_alone(monkeypatch, environment, name, value, adjusted):
+    calls = []
+    for other in [key for key in os.environ if key.startswith(("MALLOC_", "GLIBC_"))]:
+        monkeypatch.delenv(other)
+    environment(**{name: value})
+    library = SimpleNamespace(mallopt=lambda *words: calls.append(words))
+    monkeypatch.setattr(dist.ctypes, "CDLL", lambda name: library)
+    dist.keep_freed_memory()
+    assert calls == ([(-3, 32 * 2**20), (-1, -1)] if adjusted else [])  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: malloc.h

@@ -175,28 +175,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     data.add_argument(
         "--json", action="store_true", help=f"record the figures under {RESULTS.parent.name}/{RESULTS.name}"
     )
-    step = commands.add_parser("step", help="images/s of training steps, their parts, MFU and memory")
-    step.add_argument("config", help="YAML file")
-    step.add_argument("overrides", nargs="*", metavar="section.key=value")
-    step.add_argument("--batch", type=int, metavar="N", help="images of a step, in one micro-batch (one rank)")
+    stepped = argparse.ArgumentParser(add_help=False)
+    stepped.add_argument("config", help="YAML file")
+    stepped.add_argument("overrides", nargs="*", metavar="section.key=value")
+    stepped.add_argument("--batch", type=int, metavar="N", help="images of a step, in one micro-batch (one rank)")
+    stepped.add_argument("--steps", type=int, default=20, metavar="N", help="of a row in a round (default 20)")
+    stepped.add_argument("--rounds", type=int, default=5, metavar="N")
+    stepped.add_argument(
+        "--json", action="store_true", help=f"record the figures under {RESULTS.parent.name}/{RESULTS.name}"
+    )
+    step = commands.add_parser("step", parents=[stepped], help="images/s of training steps, their parts, MFU, memory")
     step.add_argument("--vary", action="append", default=[], metavar="KEY=A,B", help="a row for each value")
     step.add_argument("--released", action="store_true", help="a row in the shape of the released code")
     step.add_argument("--together", action="store_true", help="rows in turn, round by round, all in memory at once")
-    step.add_argument("--steps", type=int, default=20, metavar="N", help="of a row in a round (default 20)")
-    step.add_argument("--rounds", type=int, default=5, metavar="N")
     step.add_argument("--profile", type=int, default=0, metavar="N", help="name the N longest kernels")
-    step.add_argument(
-        "--json", action="store_true", help=f"record the figures under {RESULTS.parent.name}/{RESULTS.name}"
-    )
-    end2end = commands.add_parser("end2end", help="images/s from shards to steps, beside each alone")
-    end2end.add_argument("config", help="YAML file")
-    end2end.add_argument("overrides", nargs="*", metavar="section.key=value")
-    end2end.add_argument("--batch", type=int, metavar="N", help="images of a step, in one micro-batch (one rank)")
-    end2end.add_argument("--steps", type=int, default=20, metavar="N", help="of each kind in a round (default 20)")
-    end2end.add_argument("--rounds", type=int, default=5, metavar="N")
-    end2end.add_argument(
-        "--json", action="store_true", help=f"record the figures under {RESULTS.parent.name}/{RESULTS.name}"
-    )
+    commands.add_parser("end2end", parents=[stepped], help="images/s from shards to steps, beside each alone")
     commands.add_parser("table", help="all records of steps")
     save = commands.add_parser("save", help="what a checkpoint takes from training")
     save.add_argument("config", help="YAML file")
@@ -215,10 +208,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.command == "save":  # what they import takes seconds
         from bench_save import run_save as run
-    elif options.command == "end2end":
-        from bench_end2end import run_end2end as run
     elif options.command == "step":
-        from bench_step import run_step as run
+        from bench_step import on_ranks, run_step
+
+        return on_ranks(run_step, options)
+    elif options.command == "end2end":
+        from bench_end2end import run_end2end
+        from bench_step import on_ranks
+
+        return on_ranks(run_end2end, options)
     elif options.command == "table":
         from bench_step import run_table as run
     else:

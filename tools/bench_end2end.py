@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from bench import write_figures
-from bench_step import build, configured, synchronize
+from bench_step import build, configured, device_name, synchronize
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -25,6 +23,7 @@ from torch import Tensor
 from lmim import dist
 from lmim.config import ConfigError, crop_size
 from lmim.data.loader import PREFETCH, Batch, loader_workers, open_data, train_batches
+from lmim.options import Config
 
 LOADER, STEPS, BOTH = "loader alone", "steps alone", "both"
 
@@ -42,35 +41,24 @@ class Source:
         return batch.images, batch.keys
 
 
-def run_end2end(options: argparse.Namespace) -> int:
+def run_end2end(options: argparse.Namespace, topology: dist.Topology) -> None:
     """Measure the three and print or record them; rates are of all ranks."""
-    topology = dist.discover()
-    dist.init(topology, 30)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:  # where embedded images are written
-            options.overrides = [f"run.folder={scratch}", *options.overrides]
-            rates, waited = measure(options, topology)
-        if topology.is_main:
-            report(rates, waited, options, topology)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        dist.shutdown()
-    return 0
+    with tempfile.TemporaryDirectory() as scratch:  # where embedded images are written
+        rates, waited = measure(configured(options, [f"run.folder={scratch}"]), options, topology)
+    if topology.is_main:
+        report(rates, waited, options, topology)
 
 
-def measure(options: argparse.Namespace, topology: dist.Topology) -> tuple[dict[str, list[float]], list[float]]:
+def measure(
+    config: Config, options: argparse.Namespace, topology: dist.Topology
+) -> tuple[dict[str, list[float]], list[float]]:
     """Return the rates of each round, and the shares of the time of both that were waited for batches."""
-    config = configured(options, [])
     index, _ = open_data(config, topology)
     if index is None or not len(index):
         raise ConfigError(f"data.train ({config.data.train}) holds no images: give a folder of shards")
     row = build(BOTH, config, topology, released=False)
     split, device = row.backend.split, topology.device
-    ready = loader_workers(config.data, topology) * (
-        PREFETCH + 1
-    )  # batches made while others are measured: not counted
+    ready = loader_workers(config.data, topology) * (PREFETCH + 1)  # made while others are measured: not counted
     steps_in_all = options.rounds * (2 * options.steps + -(-2 * ready // split.accumulate))
     source = Source(train_batches(config.data, index, seed=config.run.seed, size=crop_size(config.model), split=split,
                                   topology=topology, start_step=0, total_steps=steps_in_all))  # fmt: skip
@@ -108,7 +96,7 @@ def measure(options: argparse.Namespace, topology: dist.Topology) -> tuple[dict[
 def report(rates: dict[str, list[float]], waited: list[float], options: argparse.Namespace,
            topology: dist.Topology) -> None:  # fmt: skip
     """Print the table, and record it if asked."""
-    where = torch.cuda.get_device_name() if topology.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = device_name(topology.device)
     table = Table(title=f"{Path(options.config).stem} on {topology.world_size} x {where}", title_justify="left")
     for heading in ("", "images/s", "least - most"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -124,6 +112,6 @@ def report(rates: dict[str, list[float]], waited: list[float], options: argparse
                        most=round(max(found), 1)) for name, found in rates.items()],
             share_of_the_slower=round(share, 4), waited_share=round(statistics.median(waited), 4),
         )  # fmt: skip
-        settings = dict(config=str(options.config), overrides=options.overrides[1:], steps=options.steps,
+        settings = dict(config=str(options.config), overrides=options.overrides, steps=options.steps,
                         rounds=options.rounds, ranks=topology.world_size, device=where)  # fmt: skip
         print(f"written to {write_figures('end2end', figures, **settings)}")

@@ -242,35 +242,44 @@ def configured(options: argparse.Namespace, chosen: list[str]) -> Config:
     return config
 
 
-def run_step(options: argparse.Namespace) -> int:
-    """Measure all rows and print or record them."""
+def on_ranks(run: Callable[[argparse.Namespace, dist.Topology], None], options: argparse.Namespace) -> int:
+    """Run a benchmark as a rank of its launcher, or alone, and return the exit code; mistakes get one line."""
     topology = dist.discover()
     dist.init(topology, 30)
-    device = topology.device
     try:
-        groups = [[variation] for variation in variations(options)]
-        if options.together:
-            groups = [[variation for group in groups for variation in group]]
-        rows: list[StepRow] = []
-        peak = 0.0
-        for group in groups:
-            built = [build(name, configured(options, chosen), topology, released) for name, chosen, released in group]
-            peak = max(peak, measure(built, options, topology))
-            for row in built:
-                row.kernels = profile(row, device, options.profile) if options.profile else []
-                rows.append(row)
-                row.backend.close()
-                row.backend = row.step = None
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        if topology.is_main:
-            report(rows, peak, options, topology)
+        run(options, topology)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         dist.shutdown()
     return 0
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+def run_step(options: argparse.Namespace, topology: dist.Topology) -> None:
+    """Measure all rows and print or record them."""
+    device = topology.device
+    groups = [[variation] for variation in variations(options)]
+    if options.together:
+        groups = [[variation for group in groups for variation in group]]
+    rows: list[StepRow] = []
+    peak = 0.0
+    for group in groups:
+        built = [build(name, configured(options, chosen), topology, released) for name, chosen, released in group]
+        peak = max(peak, measure(built, options, topology))
+        for row in built:
+            row.kernels = profile(row, device, options.profile) if options.profile else []
+            rows.append(row)
+            row.backend.close()
+            row.backend = row.step = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if topology.is_main:
+        report(rows, peak, options, topology)
 
 
 def figures_of(row: StepRow, first: StepRow) -> dict[str, Any]:
@@ -286,7 +295,7 @@ def figures_of(row: StepRow, first: StepRow) -> dict[str, Any]:
 def report(rows: Sequence[StepRow], peak: float, options: argparse.Namespace, topology: dist.Topology) -> None:
     """Print the table, and record it if asked."""
     figures = [figures_of(row, rows[0]) for row in rows]
-    where = torch.cuda.get_device_name() if topology.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = device_name(topology.device)
     title = f"{Path(options.config).stem} on {topology.world_size} x {where}: matrix products {peak / 1e12:.3g} TFLOP/s"
     table = Table(title=title, title_justify="left")
     for heading in ("", "batch", "images/s", "least - most", "x first", "MFU", "GiB", *PARTS):
