@@ -139,18 +139,18 @@ def meet(topology: Topology, timeout: timedelta, *, join: bool = False) -> torch
     return store
 
 
-def keep_freed_memory(most_bytes: int = -1, largest_bytes: int = 32 * 2**20) -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next step; else it goes back to the system, which clears every page anew.
 
-    `most_bytes` is how much at the end of its memory (-1: all), and larger blocks than `largest_bytes` (32 MiB at most)
-    go back in any case. It does nothing where there is no glibc, or its settings are in the environment.
+    Blocks of more than 32 MiB go back in any case. It does nothing where there is no glibc, or its settings are in the
+    environment.
     """
     adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     settings = os.environ.get("GLIBC_TUNABLES", "")
     if adjust is None or "glibc.malloc" in settings or any(name.startswith("MALLOC_") for name in os.environ):
         return
-    adjust(_MMAP_THRESHOLD, min(largest_bytes, 32 * 2**20))
-    adjust(_TRIM_THRESHOLD, most_bytes)
+    adjust(_MMAP_THRESHOLD, 32 * 2**20)  # the most that it takes
+    adjust(_TRIM_THRESHOLD, -1)
 
 
 def init(topology: Topology, timeout_minutes: float, stacks: Path | None = None,

@@ -95,21 +95,20 @@ def across_images(tokens_BMD: Tensor, cells_BM: Tensor, num_cells: int) -> Acros
     image, it does differ. Σ_{a≠b} cos(a, b) = ‖Σ_a unit_a‖² − n at each cell.
     """
     B, M, D = tokens_BMD.shape
-    units_BMD, cells_R = F.normalize(tokens_BMD, dim=-1), cells_BM.flatten()
-    units_RD = units_BMD.flatten(0, 1)
-    empty_ND = units_RD.new_zeros(num_cells, D)
-    sums_ND = empty_ND.index_add(0, cells_R, units_RD)
-    counts_N = empty_ND[:, 0].index_add(0, cells_R, torch.ones_like(units_RD[:, 0]))
+    # put at their cells and then summed over images: the same sums in every run, where adding by index takes turns
+    units_BND, at_BMD = tokens_BMD.new_zeros(B, num_cells, D), cells_BM[..., None].expand(-1, -1, D)
+    units_BND = units_BND.scatter(1, at_BMD, F.normalize(tokens_BMD, dim=-1))
+    given_BN = tokens_BMD.new_zeros(B, num_cells).scatter(1, cells_BM, 1.0)
+    sums_ND, counts_N = units_BND.sum(dim=0), given_BN.sum(dim=0)
     pairs = (counts_N * (counts_N - 1)).sum()
     similarity = (sums_ND.square().sum() - counts_N.sum()) / pairs.clamp(min=1) * (pairs > 0)
     at_least_one_N = counts_N.clamp(min=1)[:, None]
     means_ND = sums_ND / at_least_one_N
-    squares_ND = empty_ND.index_add(0, cells_R, units_RD.square()) / at_least_one_N
+    squares_ND = units_BND.square().sum(dim=0) / at_least_one_N
     deviation_N = (squares_ND - means_ND.square()).clamp(min=0).sqrt().mean(dim=1) * D**0.5
     share_N = counts_N / (B * M)
-    given_BN = units_RD.new_zeros(B, num_cells).scatter(1, cells_BM, 1 / M)
     shared = (share_N * means_ND.square().sum(dim=1)).sum().sqrt()
-    pooled_BF = torch.cat([units_BMD.mean(dim=1) - given_BN @ means_ND, shared.expand(B, 1)], dim=1)
+    pooled_BF = torch.cat([(units_BND.sum(dim=1) - given_BN @ means_ND) / M, shared.expand(B, 1)], dim=1)
     return AcrossImages(similarity, (share_N * deviation_N).sum(), pooled_BF)
 
 

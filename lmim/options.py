@@ -119,7 +119,7 @@ class ParallelConfig:
     shard_ranks: Optional[int] = None  # fsdp: ranks that share one copy; empty: all; fewer: HSDP; 1: replicas
     keep_gathered: bool = False  # fsdp, ZeRO-3: weights stay gathered from forward to backward: faster, more memory
     activation_checkpointing: bool = False  # blocks run again in the backward instead of keeping activations
-    compile: bool = False  # torch.compile, block by block
+    compile: bool = False  # torch.compile, block by block; on CPUs part by part where weights are whole
     attention: str = "auto"  # fused (one kernel), plain (products and a softmax), or auto: plain in bf16 on CPUs
     timeout_minutes: float = 30.0  # of any collective
 

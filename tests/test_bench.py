@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from lmim import LatentMIM, load_config, profiling
+from lmim.config import ConfigError
 from lmim.dist import Topology
 
 
@@ -90,7 +91,7 @@ def test_step_measures_rows_their_parts_and_records_them(bench, tmp_path, capsys
     assert bench.main(command) == 0
     (path,) = (tmp_path / "results").glob("step_*.json")
     record = json.loads(path.read_text())
-    assert [row["name"] for row in record["rows"]] == ["compute=fp32", "compute=bf16", "released code's shape"]
+    assert [row["name"] for row in record["rows"]] == ["released code's shape", "compute=fp32", "compute=bf16"]
     for row in record["rows"]:
         looks = {"views and patches": 2, "decoder": 2}  # before target and encoder; before and after the decoder
         assert row["parts_ms"] == dict.fromkeys(module.PARTS, 1) | looks
@@ -102,12 +103,28 @@ def test_step_measures_rows_their_parts_and_records_them(bench, tmp_path, capsys
     assert "compute=bf16" in capsys.readouterr().out
 
 
-def test_the_largest_block_that_a_step_frees_is_found(bench):
-    def step() -> None:
-        for kib in (64, 4096, 40 * 1024, 1024):  # the third is larger than glibc would ever keep
-            torch.zeros(kib * 1024 // 4).sum()
+@pytest.mark.slow
+def test_apart_each_round_of_a_row_has_a_process_of_its_own(bench, tmp_path, monkeypatch):
+    """There the released code's shape gives memory back and gets it anew, as by itself, and lmim keeps it."""
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    command = ["step", "configs/quickstart.yaml", "parallel.backend=local", "model.depth=1", "--released", "--apart",
+               "--rounds", "2", "--steps", "6", "--json"]  # fmt: skip
+    assert bench.main(command) == 0
+    (path,) = (tmp_path / "results").glob("step_*.json")
+    theirs, ours = json.loads(path.read_text())["rows"]
+    assert (theirs["name"], ours["name"]) == ("released code's shape", "as configured") and theirs["times_first"] == 1
+    for row in (theirs, ours):
+        assert 0 < row["least"] < row["most"] and row["images_per_second"] == pytest.approx(
+            (row["least"] + row["most"]) / 2, abs=0.2)  # fmt: skip
+        assert row["parts_ms"]["backward"] > 0
+    assert ours["page_faults"] < theirs["page_faults"] / 2
 
-    assert importlib.import_module("bench_step").largest_block(step) == 4 * 2**20
+
+def test_apart_is_of_one_rank(bench):
+    module = importlib.import_module("bench_step")
+    with pytest.raises(ConfigError, match=r"--apart .* 2 ranks"):
+        module.measure_apart([], SimpleNamespace(), Topology(0, 2, 0, 2, torch.device("cpu"), "torchrun"))
 
 
 def test_end2end_measures_loader_steps_and_both(bench, tmp_path, capsys, monkeypatch):

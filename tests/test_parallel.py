@@ -229,21 +229,22 @@ def test_a_gradient_that_is_not_finite_is_left_out_on_all_ranks(outcomes, clip):
 
 
 @pytest.mark.slow
-def test_compiled_graphs_are_static_and_evaluations_make_none():
-    """One graph for the blocks of each part, and for each of what lies between, whatever an evaluation gives.
+@pytest.mark.parametrize(("recompute", "graphs"), [("false", 3 + 2 + 1), ("true", 3 + 2 + 4 + 2 + 1)])
+def test_compiled_graphs_are_static_and_evaluations_make_none(recompute, graphs):
+    """A graph for each part, or for its blocks, and for each of what lies between, whatever an evaluation gives.
 
-    Between: patches of visible and masked cells, embedding and projector of each encoder, both ends of the decoder, the
-    comparison.
+    Between parts: patches of visible and masked cells, the comparison. Between blocks also embedding and projector of
+    each encoder, and both ends of the decoder.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    driver = Driver([*LOCAL, COMPILE], ALONE)
+    driver = Driver([*LOCAL, COMPILE, f"parallel.activation_checkpointing={recompute}"], ALONE)
     for step in range(2):
         driver.step(step)
     with driver.backend.infer("online") as encoder:
         for images, pixels in ((2, 28), (3, 28)):
             encoder.forward_features(torch.zeros(images, 3, pixels, pixels))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 + 2 + 4 + 2 + 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 BROKEN_RUN = """

@@ -186,8 +186,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     step = commands.add_parser("step", parents=[stepped], help="images/s of training steps, their parts, MFU, memory")
     step.add_argument("--vary", action="append", default=[], metavar="KEY=A,B", help="a row for each value")
-    step.add_argument("--released", action="store_true", help="a row in the shape of the released code")
-    step.add_argument("--together", action="store_true", help="rows in turn, round by round, all in memory at once")
+    step.add_argument("--released", action="store_true", help="a first row in the shape of the released code")
+    in_turn = step.add_mutually_exclusive_group()
+    in_turn.add_argument("--together", action="store_true", help="rows in turn, round by round, all in memory at once")
+    in_turn.add_argument("--apart", action="store_true", help="rows in turn, each round of each in a new process; "
+                         "there the released code's shape has memory as it comes, as it would by itself")  # fmt: skip
     step.add_argument("--profile", type=int, default=0, metavar="N", help="name the N longest kernels")
     commands.add_parser("end2end", parents=[stepped], help="images/s from shards to steps, beside each alone")
     commands.add_parser("table", help="all records of steps")

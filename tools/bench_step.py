@@ -4,6 +4,9 @@ A row is one configuration on this machine; `--vary KEY=A,B` makes one of each v
 are warmed up, put back to where they began, and measured in turn, round after round; matrix products of the same
 precision are measured in each round too, and their best rate is the peak that MFU is a share of. FLOPs are those of
 `lmim plan`: visible tokens in the online encoder, the target forward only.
+
+How a process keeps its memory, and where in it that lies, moves a step on CPUs by a fifth. With `--apart` every row
+has a new process in every round, so that no row runs in what another has left, and chance is drawn anew each time.
 """
 
 from __future__ import annotations
@@ -12,15 +15,19 @@ import argparse
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import RESULTS, write_figures
+from bench import RESULTS, progress_bar, write_figures
 from bench_released import ReleasedBackend
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +41,8 @@ from lmim.profiling import flops_per_image, matrix_peak
 from lmim.schedules import Schedules
 
 WARM_UP_STEPS = 3
+Variation = tuple[str, list[str], bool]  # name, overrides, in the shape of the released code?
+GLIBC_AS_IT_IS = "glibc.malloc.tcache_count=7"  # its own default; whoever sets something there is left alone by lmim
 PARTS = ("EMA", "views and patches", "target", "encoder", "decoder", "loss", "backward", "optimizer")
 
 
@@ -63,6 +72,11 @@ class Clock:
         return total
 
 
+def page_faults() -> int:
+    """Return how often the system had to give this process a page of memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -78,8 +92,8 @@ class StepRow:
     step: Callable[..., None]
     global_batch: int
     gflop_per_image: float
-    largest_block: int = 0  # bytes
     memory_gib: float = 0.0
+    page_faults: float = 0.0  # a step
     rates: list[float] = dataclasses.field(default_factory=list)  # images/s, one a round
     shares: list[float] = dataclasses.field(default_factory=list)  # of the peak of the same round
     parts_ms: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -88,27 +102,6 @@ class StepRow:
     @property
     def median(self) -> float:
         return statistics.median(self.rates)
-
-    def set_memory_up(self, device: torch.device) -> None:
-        """On CPUs keep what is freed, as lmim does; for the released code's shape do as glibc does by itself.
-
-        That serves the largest block that was freed, of 32 MiB at most, and all smaller ones from its own memory, of
-        which it keeps twice as much at the end (mallopt(3), "dynamic mmap threshold").
-        """
-        if device.type != "cpu":
-            return
-        if isinstance(self.backend, ReleasedBackend):
-            dist.keep_freed_memory(most_bytes=2 * self.largest_block, largest_bytes=self.largest_block)
-        else:
-            dist.keep_freed_memory()
-
-
-def largest_block(step: Callable[..., None]) -> int:
-    """Return the bytes of the largest block, of 32 MiB at most, that a step frees on the CPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    freed = [-event.cpu_memory_usage for event in profiler.events() if event.name == "[memory]"]
-    return max((size for size in freed if size <= 32 * 2**20), default=0)
 
 
 def build(name: str, config: Config, topology: dist.Topology, released: bool) -> StepRow:
@@ -139,13 +132,12 @@ def build(name: str, config: Config, topology: dist.Topology, released: bool) ->
     begun = [piece.numbers.clone() for piece in backend.pieces()]
     for _ in range(WARM_UP_STEPS):
         step()
-    largest = largest_block(step) if device.type == "cpu" else 0
     with torch.no_grad():
         for piece, numbers_then in zip(backend.pieces(), begun, strict=True):
             piece.numbers.copy_(numbers_then)
     backend.loaded(0)
     gflop = flops_per_image(config).total / 1e9
-    return StepRow(name, config, backend, step, config.data.global_batch, gflop, largest)
+    return StepRow(name, config, backend, step, config.data.global_batch, gflop)
 
 
 def watch_parts(model: LatentMIM, clock: Clock) -> Callable[[], None]:
@@ -181,20 +173,19 @@ def measure(rows: Sequence[StepRow], options: argparse.Namespace, topology: dist
     for _ in range(options.rounds):
         peaks.append(matrix_peak(device, dtype))
         for row in rows:
-            row.set_memory_up(device)
             row.step()
             synchronize(device)
-            began = time.perf_counter()
+            faults, began = page_faults(), time.perf_counter()
             for _ in range(options.steps):
                 row.step()
             synchronize(device)
             rate = options.steps * row.global_batch / (time.perf_counter() - began)
             row.rates.append(rate)
+            row.page_faults = (page_faults() - faults) / options.steps
             row.shares.append(1e9 * row.gflop_per_image * rate / ranks / peaks[-1])
     for row in rows:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        row.set_memory_up(device)
         clock, found = Clock(device), []
         undo = watch_parts(row.backend.model, clock)
         for _ in range(max(options.steps // 2, 2)):
@@ -221,18 +212,18 @@ def profile(row: StepRow, device: torch.device, count: int) -> list[tuple[str, f
     return [(event.key[:110], of(event) / 3e3, round(event.count / 3)) for event in events]
 
 
-def variations(options: argparse.Namespace) -> Iterator[tuple[str, list[str], bool]]:
-    """Yield (name, overrides, in the shape of the released code?) of every row."""
+def variations(options: argparse.Namespace) -> Iterator[Variation]:
+    """Yield what every row is of."""
     axes = []
     for text in options.vary:
         key, equals, values = text.partition("=")
         if not equals:
             raise ConfigError(f"--vary ({text}) must be of the form section.key=A,B")
         axes.append([f"{key}={value}" for value in values.split(",")])
-    for chosen in itertools.product(*axes):
-        yield " ".join(word.partition(".")[2] for word in chosen) or "as configured", list(chosen), False
     if options.released:
         yield "released code's shape", [], True
+    for chosen in itertools.product(*axes):
+        yield " ".join(word.partition(".")[2] for word in chosen) or "as configured", list(chosen), False
 
 
 def configured(options: argparse.Namespace, chosen: list[str]) -> Config:
@@ -260,24 +251,79 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
+def measure_group(
+    group: Sequence[Variation], options: argparse.Namespace, topology: dist.Topology
+) -> tuple[list[StepRow], float]:
+    """Build rows, measure them in turn and free what they hold; return them and the peak."""
+    rows = [build(name, configured(options, chosen), topology, released) for name, chosen, released in group]
+    peak = measure(rows, options, topology)
+    for row in rows:
+        row.kernels = profile(row, topology.device, options.profile) if options.profile else []
+        row.backend.close()
+        row.backend = row.step = None
+    if topology.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows, peak
+
+
+def measure_alone(variation: Variation, options: argparse.Namespace) -> tuple[StepRow, float]:
+    """Measure a round of one row, in a process that does nothing else; the released code's shape lets memory be."""
+    if variation[2]:
+        os.environ["GLIBC_TUNABLES"] = GLIBC_AS_IT_IS
+    topology = dist.discover()
+    dist.init(topology, 30)
+    try:
+        (row,), peak = measure_group([variation], options, topology)
+    finally:
+        dist.shutdown()
+    return row, peak
+
+
+def measure_apart(
+    group: Sequence[Variation], options: argparse.Namespace, topology: dist.Topology
+) -> tuple[list[StepRow], float]:
+    """Measure rows in turn, each round of each in a process of its own; return them and the peak."""
+    if topology.world_size > 1:
+        raise ConfigError(
+            f"--apart starts processes of its own, and here are {topology.world_size} ranks: leave it out"
+        )
+    once, rounds = argparse.Namespace(**vars(options) | dict(rounds=1)), []
+    with progress_bar() as progress, new_process_each() as processes:
+        task = progress.add_task("", total=options.rounds * len(group))
+        for number in range(1, options.rounds + 1):
+            rounds.append([])
+            for variation in group:
+                progress.update(task, description=f"round {number}: {variation[0]}")
+                rounds[-1].append(processes.submit(measure_alone, variation, once).result())
+                progress.advance(task)
+    rows = [row for row, _ in rounds[0]]
+    for later in rounds[1:]:
+        for row, (again, _) in zip(rows, later, strict=True):
+            row.rates += again.rates
+            row.shares += again.shares
+    for column, row in enumerate(rows):
+        of_row = [measured[column][0] for measured in rounds]
+        row.page_faults = statistics.median(again.page_faults for again in of_row)
+        row.parts_ms = {part: round(statistics.median(r.parts_ms[part] for r in of_row), 3) for part in PARTS}
+    return rows, statistics.median(peak for measured in rounds for _, peak in measured)
+
+
+def new_process_each() -> ProcessPoolExecutor:
+    """Return what runs one function after another, each in a new process."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+
+
 def run_step(options: argparse.Namespace, topology: dist.Topology) -> None:
     """Measure all rows and print or record them."""
-    device = topology.device
-    groups = [[variation] for variation in variations(options)]
-    if options.together:
-        groups = [[variation for group in groups for variation in group]]
-    rows: list[StepRow] = []
-    peak = 0.0
-    for group in groups:
-        built = [build(name, configured(options, chosen), topology, released) for name, chosen, released in group]
-        peak = max(peak, measure(built, options, topology))
-        for row in built:
-            row.kernels = profile(row, device, options.profile) if options.profile else []
-            rows.append(row)
-            row.backend.close()
-            row.backend = row.step = None
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    asked = list(variations(options))
+    for _, chosen, _ in asked:
+        validate(configured(options, chosen), topology.world_size)  # before the first is measured
+    if options.apart:
+        rows, peak = measure_apart(asked, options, topology)
+    else:
+        groups = [asked] if options.together else [[variation] for variation in asked]
+        measured = [measure_group(group, options, topology) for group in groups]
+        rows, peak = [row for group, _ in measured for row in group], max(peak for _, peak in measured)
     if topology.is_main:
         report(rows, peak, options, topology)
 
@@ -287,6 +333,7 @@ def figures_of(row: StepRow, first: StepRow) -> dict[str, Any]:
         name=row.name, batch=row.global_batch, gflop_per_image=round(row.gflop_per_image, 2),
         images_per_second=round(row.median, 1), least=round(min(row.rates), 1), most=round(max(row.rates), 1),
         mfu=round(statistics.median(row.shares), 4), memory_gib=round(row.memory_gib, 2),
+        page_faults=round(row.page_faults),
         times_first=round(statistics.median(a / b for a, b in zip(row.rates, first.rates, strict=True)), 3),
         parts_ms=row.parts_ms, kernels=row.kernels,
     )  # fmt: skip
@@ -310,7 +357,7 @@ def report(rows: Sequence[StepRow], peak: float, options: argparse.Namespace, to
             print(f"{row['name']}: {milliseconds:8.3f} ms  {calls:5d} x  {name}")
     if options.json:
         settings = dict(config=str(options.config), overrides=options.overrides, vary=options.vary,
-                        steps=options.steps, rounds=options.rounds, together=options.together,
+                        steps=options.steps, rounds=options.rounds, together=options.together, apart=options.apart,
                         ranks=topology.world_size, device=where)  # fmt: skip
         path = write_figures("step", dict(peak_tflops=float(f"{peak / 1e12:.4g}"), rows=figures), **settings)
         print(f"written to {path}")

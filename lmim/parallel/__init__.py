@@ -161,25 +161,37 @@ def prepare_blocks(model: Trainable, config: Config, device: torch.device) -> No
 
     It comes before weights are cut. The fused kernel's backward is slow in bf16 on CPUs: two to three times as long as
     plain products for 177 tokens, and three to seven times for 11 to 40 (`tools/bench_results/README.md`).
-
-    Blocks are compiled one by one: those of a part share a graph, and each can be gathered by itself. What lies
-    between them is compiled too, where it is many small operations.
     """
     kernel = config.parallel.attention
     if kernel == "auto":
         kernel = "plain" if device.type == "cpu" and config.precision.compute == "bf16" else "fused"
     choose_attention(model, kernel)
     model.set_grad_checkpointing(config.parallel.activation_checkpointing)
-    if not config.parallel.compile:
-        return
+    if config.parallel.compile:
+        _compile(model, config, device)
+
+
+def _compile(model: Trainable, config: Config, device: torch.device) -> None:
+    """Let a model's parts compile at their first step.
+
+    Blocks are compiled one by one: those of a part share a graph, and each can be gathered by itself. What lies
+    between them is compiled too, where it is many small operations. On CPUs, where entering a graph takes as long as a
+    small one runs, each part is one graph instead, unless its blocks are gathered or recomputed one by one.
+    """
+    parallel = config.parallel
     how = dict(dynamic=False)  # or online and target, which differ in tokens, would share one graph
-    for part in model.parts():
-        for block in part.blocks:
-            block.compile(**how)
     # ZeRO-3 gathers by hooks of every layer, between which there is little to compile
-    hooked = config.parallel.backend == "deepspeed" and config.parallel.zero_stage == 3
+    hooked = parallel.backend == "deepspeed" and parallel.zero_stage == 3
+    by_block = device.type != "cpu" or hooked or parallel.backend == "fsdp" or parallel.activation_checkpointing
+    by_block = by_block or model in model.parts()
+    for part in model.parts():
+        if by_block:
+            for block in part.blocks:
+                block.compile(**how)
+        else:
+            part.forward = torch.compile(part.forward, **how)
     for module, methods in model.between_blocks():
-        if hooked and module is not model:
+        if (hooked or not by_block) and module is not model:
             continue
         if not methods:
             module.compile(**how)

@@ -5,6 +5,9 @@ that share one copy; groups of such ranks hold replicas. The shards are fp32, an
 each rank's shard of the target towards its shard of the online encoder, which is cut alike, and communicates nothing.
 A target weight is gathered for the forward of its block and freed again.
 
+AdamW steps each rank's shards as plain tensors: what it does is the same number by number, while as DTensors several
+hundred weights would take the host milliseconds in every step. Only the gradient's norm crosses ranks.
+
 Invariant: the lists of shards are taken once, before any forward, and the target is cut again before the EMA.
 Otherwise `parameters()` may yield gathered copies, which the EMA would move in vain: FSDP2 keeps the parameters at a
 root gathered after a forward unless told not to.
@@ -68,8 +71,10 @@ class FsdpBackend:
                 put(tensors[name], value)
         self.target_shards, self.online_shards = self._pairs()
         optim = self.config.optim
-        self.optimizer = build_adamw(self.model.parameter_groups(optim.weight_decay), optim)
-        create_moments(self.optimizer, (p for p in self.model.parameters() if p.requires_grad))
+        self.shards = {p: local(p) for p in self.model.parameters() if p.requires_grad}
+        groups = self.model.parameter_groups(optim.weight_decay)
+        self.optimizer = build_adamw([dict(g, params=[self.shards[p] for p in g["params"]]) for g in groups], optim)
+        create_moments(self.optimizer, self.shards.values())
 
     def _mesh(self) -> DeviceMesh:
         world, device = self.topology.world_size, self.topology.device.type
@@ -99,6 +104,7 @@ class FsdpBackend:
     def _shard(self) -> None:
         """Cut the model: a group for every block, one for the projector, and one for what is left of each part."""
         keep, mesh = self.config.parallel.keep_gathered, self._mesh()
+        self.share_a_copy = mesh.get_group("shard") if mesh.size(-1) > 1 else None
         dist.set_timeout(mesh.get_all_groups(), self.config.parallel.timeout_minutes)
         how = dict(mesh=mesh, mp_policy=self.policy, reshard_after_forward=not keep)
         self.parts = self.model.parts()
@@ -117,8 +123,7 @@ class FsdpBackend:
         for name, ours, theirs in pairs:
             alike = ours.placements == theirs.placements and ours.device_mesh == theirs.device_mesh
             assert alike and ours.shape == theirs.shape, f"{name} is cut otherwise in the target"
-        with torch.no_grad():
-            return [target.to_local() for _, target, _ in pairs], [online.to_local() for _, _, online in pairs]
+        return [local(target) for _, target, _ in pairs], [local(online) for _, _, online in pairs]
 
     def begin_step(self, hyper: Hyper) -> None:
         for module in self.never_backward:
@@ -135,15 +140,26 @@ class FsdpBackend:
         return out
 
     def finish_step(self) -> Tensor:
-        trained = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        for parameter, shard in self.shards.items():
+            shard.grad = None if parameter.grad is None else local(parameter.grad)
+        norm = self._gradient_norm()
         if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(trained, self.config.optim.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.shards.values(), self.config.optim.clip_norm, norm)
         leave_out_unless_finite(self.optimizer, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for parameter in self.shards:
+            parameter.grad = None
         return norm
+
+    def _gradient_norm(self) -> Tensor:
+        """Return the norm of the whole gradient, of which each of the ranks that share a copy holds a part."""
+        norm = torch.nn.utils.get_total_norm([shard.grad for shard in self.shards.values() if shard.grad is not None])
+        if self.share_a_copy is None:
+            return norm
+        square = norm.square()
+        torch.distributed.all_reduce(square, group=self.share_a_copy)
+        return square.sqrt()
 
     def gradients(self) -> list[Piece]:
         return [self._piece(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
@@ -160,8 +176,10 @@ class FsdpBackend:
         found = []
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             found.append(self._piece(name, tensor))
-            found += [self._piece(f"{moment}/{name}", self.optimizer.state[tensor][moment])
-                      for moment in MOMENTS if tensor.requires_grad]  # fmt: skip
+            if tensor.requires_grad:
+                state = self.optimizer.state[self.shards[tensor]]
+                found += [self._piece(f"{moment}/{name}", tensor)._replace(numbers=state[moment].view(-1))
+                          for moment in MOMENTS]  # fmt: skip
         return found
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:
@@ -172,7 +190,7 @@ class FsdpBackend:
         rows = -(-shape[0] // mesh.size(-1))
         start = min(mesh.get_local_rank("shard") * rows, shape[0]) * math.prod(shape[1:])
         replicas = dict(copy=mesh.get_local_rank("replicate"), copies=mesh.size(0)) if mesh.ndim == 2 else {}
-        return Piece(name, shape, start, tensor.to_local().detach().view(-1), **replicas)
+        return Piece(name, shape, start, local(tensor).view(-1), **replicas)
 
     def optimizer_steps(self) -> int:
         return steps_taken(self.optimizer)
@@ -184,7 +202,14 @@ class FsdpBackend:
         pass
 
     def close(self) -> None:
-        del self.model, self.optimizer, self.parts, self.never_backward, self.target_shards, self.online_shards
+        del self.model, self.optimizer, self.shards, self.parts, self.never_backward
+        del self.target_shards, self.online_shards
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, in the same memory."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def put(tensor: Tensor, whole: Tensor) -> Tensor:
@@ -192,7 +217,7 @@ def put(tensor: Tensor, whole: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         mesh, whole = tensor.device_mesh, whole.to(tensor.device)
         cut = distribute_tensor(whole, mesh, tensor.placements, src_data_rank=None)  # None: nothing is sent
-        tensor.to_local().copy_(cut.to_local())
+        local(tensor).copy_(local(cut))
     else:
         tensor.copy_(whole)
     return tensor
