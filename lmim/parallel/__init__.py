@@ -176,14 +176,15 @@ def _compile(model: Trainable, config: Config, device: torch.device) -> None:
 
     Blocks are compiled one by one: those of a part share a graph, and each can be gathered by itself. What lies
     between them is compiled too, where it is many small operations. On CPUs, where entering a graph takes as long as a
-    small one runs, each part is one graph instead, unless its blocks are gathered or recomputed one by one.
+    small one runs, each part is one graph instead, unless its blocks are gathered or recomputed one by one, or draw
+    noise: its integers, worked into what follows, keep the compiler busy for a quarter of an hour.
     """
     parallel = config.parallel
     how = dict(dynamic=False)  # or online and target, which differ in tokens, would share one graph
     # ZeRO-3 gathers by hooks of every layer, between which there is little to compile
     hooked = parallel.backend == "deepspeed" and parallel.zero_stage == 3
     by_block = device.type != "cpu" or hooked or parallel.backend == "fsdp" or parallel.activation_checkpointing
-    by_block = by_block or model in model.parts()
+    by_block = by_block or config.model.drop_path or config.model.dropout or model in model.parts()
     for part in model.parts():
         if by_block:
             for block in part.blocks:
