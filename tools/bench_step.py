@@ -287,30 +287,27 @@ def measure_apart(
         raise ConfigError(
             f"--apart starts processes of its own, and here are {topology.world_size} ranks: leave it out"
         )
-    once, rounds = argparse.Namespace(**vars(options) | dict(rounds=1)), []
-    with progress_bar() as progress, new_process_each() as processes:
+    rounds: list[list[tuple[StepRow, float]]] = []
+    with progress_bar() as progress:
         task = progress.add_task("", total=options.rounds * len(group))
         for number in range(1, options.rounds + 1):
+            once = dict(rounds=1, profile=options.profile if number == 1 else 0)
             rounds.append([])
             for variation in group:
                 progress.update(task, description=f"round {number}: {variation[0]}")
-                rounds[-1].append(processes.submit(measure_alone, variation, once).result())
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                    alone = process.submit(measure_alone, variation, argparse.Namespace(**vars(options) | once))
+                    rounds[-1].append(alone.result())
                 progress.advance(task)
     rows = [row for row, _ in rounds[0]]
-    for later in rounds[1:]:
-        for row, (again, _) in zip(rows, later, strict=True):
-            row.rates += again.rates
-            row.shares += again.shares
     for column, row in enumerate(rows):
-        of_row = [measured[column][0] for measured in rounds]
-        row.page_faults = statistics.median(again.page_faults for again in of_row)
-        row.parts_ms = {part: round(statistics.median(r.parts_ms[part] for r in of_row), 3) for part in PARTS}
+        in_rounds = [measured[column][0] for measured in rounds]
+        row.rates = [rate for again in in_rounds for rate in again.rates]
+        row.shares = [share for again in in_rounds for share in again.shares]
+        row.page_faults = statistics.median(again.page_faults for again in in_rounds)
+        row.parts_ms = {part: round(statistics.median(again.parts_ms[part] for again in in_rounds), 3)
+                        for part in PARTS}  # fmt: skip
     return rows, statistics.median(peak for measured in rounds for _, peak in measured)
-
-
-def new_process_each() -> ProcessPoolExecutor:
-    """Return what runs one function after another, each in a new process."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
 
 
 def run_step(options: argparse.Namespace, topology: dist.Topology) -> None:

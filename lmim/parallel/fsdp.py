@@ -175,11 +175,10 @@ class FsdpBackend:
     def pieces(self) -> list[Piece]:
         found = []
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            found.append(self._piece(name, tensor))
+            found.append(piece := self._piece(name, tensor))
             if tensor.requires_grad:
                 state = self.optimizer.state[self.shards[tensor]]
-                found += [self._piece(f"{moment}/{name}", tensor)._replace(numbers=state[moment].view(-1))
-                          for moment in MOMENTS]  # fmt: skip
+                found += [piece._replace(name=f"{moment}/{name}", numbers=state[moment].view(-1)) for moment in MOMENTS]
         return found
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:
