@@ -117,6 +117,7 @@ class ParallelConfig:
     zero_stage: int = 1  # deepspeed: what is cut over ranks: 0 nothing, 1 AdamW, 2 gradients too, 3 weights too
     deepspeed_config: str = ""  # JSON file of further DeepSpeed options, such as offload_optimizer
     shard_ranks: Optional[int] = None  # fsdp: ranks that share one copy; empty: all; fewer: HSDP; 1: replicas
+    smallest_group_mb: float = 64.0  # fsdp: neighbouring blocks of so many MB in fp32 travel together; 0: each alone
     keep_gathered: bool = False  # fsdp, ZeRO-3: weights stay gathered from forward to backward: faster, more memory
     activation_checkpointing: bool = False  # blocks run again in the backward instead of keeping activations
     compile: bool = False  # torch.compile, block by block; on CPUs part by part where weights are whole
@@ -321,6 +322,7 @@ POSITIVE = ("model.embed_dim", "model.depth", "model.num_heads", "model.patch_si
             "finetune.layer_decay", "finetune.norm_eps", "checkpoint.keep")  # fmt: skip
 NOT_NEGATIVE = ("run.seed", "run.time_limit_minutes", "model.patch_gap", "model.projector_depth",
                 "objective.similarity_weight", "data.workers", "optim.weight_decay", "optim.clip_norm",
+                "parallel.smallest_group_mb",
                 "probe.weight_decay", "segment.count", "segment.pictures", "davis.past_frames",
                 "davis.neighbourhood", "finetune.weight_decay", "finetune.clip_norm", "finetune.mixup",
                 "finetune.cutmix")  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
@@ -35,11 +36,16 @@ class Part(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]  # of its parameters
     block_matrices: int  # numbers in the matrices inside blocks
     buffers: int  # numbers
-    largest_group: int  # numbers that FSDP2 gathers together at most
+    units: tuple[int, ...]  # numbers in each block and in the projector, which FSDP2 gathers alone or together
 
     @property
     def parameters(self) -> int:
         return sum(map(math.prod, self.shapes))
+
+    def largest_group(self, smallest_mb: float = 0.0) -> int:
+        """Return the numbers that are gathered together at most."""
+        groups = [sum(self.units[place] for place in group) for group in gathered_together(self.units, smallest_mb)]
+        return max([*groups, self.parameters - sum(groups)])
 
     @property
     def matrices(self) -> int:
@@ -88,19 +94,35 @@ def _parts(options: tuple[Any, ...]) -> Parts:
 
 
 def _count(part: nn.Module) -> Part:
-    def numbers(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    groups = [numbers(block) for block in part.blocks]
-    if hasattr(part, "projector"):
-        groups.append(numbers(part.projector))
-    groups.append(numbers(part) - sum(groups))
     return Part(
         shapes=tuple(tuple(p.shape) for p in part.parameters()),
         block_matrices=sum(p.numel() for p in part.blocks.parameters() if p.ndim == 2),
         buffers=sum(b.numel() for b in part.buffers()),
-        largest_group=max(groups),
+        units=tuple(map(count_numbers, units(part))),
     )
+
+
+def units(part: nn.Module) -> list[nn.Module]:
+    """Return what of a part FSDP2 gathers when it is needed: blocks, and a projector that is not empty."""
+    found = [*part.blocks, *([part.projector] if hasattr(part, "projector") else [])]
+    return [module for module in found if count_numbers(module)]
+
+
+def count_numbers(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def gathered_together(numbers: Sequence[int], smallest_mb: float) -> list[list[int]]:
+    """Return the places of neighbours that FSDP2 gathers together, given how many numbers each has.
+
+    A group is full when it holds `smallest_mb` in fp32. What does not fill one is gathered with the rest of the part.
+    """
+    groups, group = [], []
+    for place in range(len(numbers)):
+        group.append(place)
+        if FP32 * sum(numbers[i] for i in group) >= smallest_mb * 1e6:
+            groups, group = [*groups, group], []
+    return groups
 
 
 class Sizes(NamedTuple):
@@ -284,8 +306,8 @@ def buffer_bytes(config: Config, split: Split) -> int:
     if parallel.backend == "local":
         return 0
     if parallel.backend == "fsdp":
-        # the block at work, the next one, and the buffer it comes in; gradients of one, and the buffer they leave in
-        largest = max(parts.online.largest_group, parts.decoder.largest_group)
+        # the group at work, the next one, and the buffer it comes in; gradients of one, and the buffer they leave in
+        largest = max(part.largest_group(parallel.smallest_group_mb) for part in (parts.online, parts.decoder))
         gathered = FP32 * 3 * largest
         if parallel.keep_gathered:
             gathered = parts.trained_cut_bytes(1, bf16=half) + parts.target.cut_bytes(1, bf16=half)
@@ -296,7 +318,7 @@ def buffer_bytes(config: Config, split: Split) -> int:
     bucket = BUCKET * (FP32 + BF16 * (config.precision.reduce == "bf16"))  # one for each type of gradients
     if parallel.zero_stage < 3:
         return bucket + flat + unreduced
-    kept = FP32 * max(parts.online.largest_group, parts.decoder.largest_group)
+    kept = FP32 * max(parts.online.largest_group(), parts.decoder.largest_group())
     if parallel.keep_gathered:
         kept = parts.trained_cut_bytes(1, bf16=half)
     return bucket + flat + unreduced + kept + FP32 * min(PREFETCH, parts.target.parameters)

@@ -275,12 +275,13 @@ def not_a_number(settings: list[str], topology: dist.Topology) -> dict[str, Any]
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the bytes of every collective: of what is summed, of what is gathered, of what is scattered."""
+    """Counts the bytes and calls of every collective: of what is summed, what is gathered, what is scattered."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
         self.dtypes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "c10d" in func.namespace:
@@ -289,6 +290,7 @@ class Collectives(TorchDispatchMode):
             if tensors and name not in ("wait_tensor", "barrier"):
                 largest = max(tensors, key=lambda tensor: tensor.nbytes)
                 self.bytes[name] += largest.nbytes
+                self.calls[name] += 1
                 self.dtypes[f"{name} {largest.dtype}"] += largest.nbytes
         return func(*args, **(kwargs or {}))
 
@@ -314,7 +316,8 @@ def communication(settings: list[str], topology: dist.Topology) -> dict[str, Any
             driver.backend.forward_backward(*inputs, last_micro=last)
         driver.backend.finish_step()
     driver.backend.close()
-    return dict(ema=dict(of_ema.bytes), step=dict(of_step.bytes), dtypes=dict(of_step.dtypes))
+    return dict(ema=dict(of_ema.bytes), step=dict(of_step.bytes), dtypes=dict(of_step.dtypes),
+                calls=dict(of_step.calls))  # fmt: skip
 
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "is_nonzero")

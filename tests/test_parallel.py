@@ -19,12 +19,14 @@ from tests.ranks import FSDP_CAN_GATHER_BF16, Driver, not_a_number, result, run_
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
 LOCAL = ["parallel.backend=local"]
 ZERO = {f"ZeRO-{stage}": ["parallel.backend=deepspeed", f"parallel.zero_stage={stage}"] for stage in range(4)}
+BLOCKS, PAIRS = "parallel.smallest_group_mb=0", "parallel.smallest_group_mb=0.1"  # as by itself: a group a part
 FSDP = {
-    "FSDP2 full": ["parallel.backend=fsdp"],
+    "FSDP2 full": ["parallel.backend=fsdp", BLOCKS],
+    "FSDP2 pairs of blocks": ["parallel.backend=fsdp", PAIRS],
     "FSDP2 full, kept": ["parallel.backend=fsdp", "parallel.keep_gathered=true"],
-    "FSDP2 replicas": ["parallel.backend=fsdp", "parallel.shard_ranks=1"],
+    "FSDP2 replicas": ["parallel.backend=fsdp", "parallel.shard_ranks=1", BLOCKS],
 }
-HSDP = {"FSDP2 HSDP 2x2": ["parallel.backend=fsdp", "parallel.shard_ranks=2"]}
+HSDP = {"FSDP2 HSDP 2x2": ["parallel.backend=fsdp", "parallel.shard_ranks=2", PAIRS]}
 RANKS = {2: {**ZERO, **FSDP}, 4: {**ZERO, **FSDP, **HSDP}}
 BF16 = ["precision.compute=bf16"]
 FEATURES = ["model.drop_path=0.3", "model.dropout=0.1", "model.depth=3", "optim.clip_norm=0.1"]
@@ -316,6 +318,7 @@ def test_bytes_of_every_collective(outcomes, ranks):
         "ZeRO-3": both,
         "ZeRO-3, kept": dict(allgather=micros * (trained + target), reduce_scatter=trained),
         "FSDP2 full": both,
+        "FSDP2 pairs of blocks": both,
         "FSDP2 full, kept": dict(allgather=micros * trained + target, reduce_scatter=trained),
         "FSDP2 replicas": dict(allreduce=trained),
         "FSDP2 HSDP 2x2": dict(both, allreduce=trained / 2),
@@ -324,6 +327,18 @@ def test_bytes_of_every_collective(outcomes, ranks):
         assert outcome["ema"] == {}, name
         counted = {key.removesuffix("_base"): value for key, value in outcome["step"].items() if value > 100}
         assert counted == pytest.approx({key: 4 * value for key, value in expected[name].items()}, rel=0.05), name
+
+
+def test_small_blocks_are_gathered_together(outcomes):
+    """Two encoders of two blocks and a projector, a decoder of one block; what is left of each is one group more."""
+    chosen = {"one by one": BLOCKS, "pairs": PAIRS, "parts": "parallel.smallest_group_mb=64"}
+    backends = {name: ["parallel.backend=fsdp", "data.micro_batch=16", size] for name, size in chosen.items()}
+    found = outcomes(2, "communication", (), backends)
+    calls = {name: (sum(n for key, n in ours["calls"].items() if "allgather" in key),
+                    sum(n for key, n in ours["calls"].items() if "reduce_scatter" in key))
+             for name, ours in found.items()}  # fmt: skip
+    # gathered for the forward, the trained ones for the backward too; reduced once
+    assert calls == {"one by one": (2 * (4 + 2) + 4, 4 + 2), "pairs": (2 * (2 + 1) + 2, 2 + 1), "parts": (3 + 2, 2)}
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
-"""FSDP2 behind the Backend protocol: `fully_shard` on every block, over all ranks, in HSDP or as replicas.
+"""FSDP2 behind the Backend protocol: `fully_shard` on blocks, over all ranks, in HSDP or as replicas.
 
 Every parameter, of the target too, is a DTensor cut along its first dimension over the `parallel.shard_ranks` ranks
 that share one copy; groups of such ranks hold replicas. The shards are fp32, and so is the target's copy: the EMA moves
 each rank's shard of the target towards its shard of the online encoder, which is cut alike, and communicates nothing.
-A target weight is gathered for the forward of its block and freed again.
+A target weight is gathered for the forward of its block and freed again. Small blocks are gathered in groups: every
+group costs the host a millisecond in each direction, and a short message takes as long as one of megabytes.
 
 AdamW steps each rank's shards as plain tensors: what it does is the same number by number, while as DTensors several
 hundred weights would take the host milliseconds in every step. Only the gradient's norm crosses ranks.
@@ -44,9 +45,9 @@ from lmim.optim import (
 )
 from lmim.options import Config
 from lmim.parallel import Trainable, autocast, lend_whole, prepare_blocks
+from lmim.profiling import count_numbers, gathered_together, units
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
-from lmim.vit import VisionTransformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -102,17 +103,16 @@ class FsdpBackend:
         return MixedPrecisionPolicy(reduce_dtype=DTYPES[precision.reduce], cast_forward_inputs=False, **gathered)
 
     def _shard(self) -> None:
-        """Cut the model: a group for every block, one for the projector, and one for what is left of each part."""
+        """Cut the model: a group of every few blocks (or every one), and one of what is left of each part."""
         keep, mesh = self.config.parallel.keep_gathered, self._mesh()
         self.share_a_copy = mesh.get_group("shard") if mesh.size(-1) > 1 else None
         dist.set_timeout(mesh.get_all_groups(), self.config.parallel.timeout_minutes)
         how = dict(mesh=mesh, mp_policy=self.policy, reshard_after_forward=not keep)
         self.parts = self.model.parts()
         for part in self.parts:
-            for block in part.blocks:
-                fully_shard(block, **how)
-            if isinstance(part, VisionTransformer) and part.projector.depth:
-                fully_shard(part.projector, **how)
+            modules = units(part)
+            for group in gathered_together([*map(count_numbers, modules)], self.config.parallel.smallest_group_mb):
+                fully_shard([modules[place] for place in group], **how)
             fully_shard(part, **how)
         untrained = (part for part in self.parts if not any(p.requires_grad for p in part.parameters()))
         self.never_backward = [m for part in untrained for m in part.modules() if isinstance(m, FSDPModule)]
