@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from lmim import LatentMIM, load_config, profiling
 from lmim.config import ConfigError
@@ -125,6 +126,49 @@ def test_apart_is_of_one_rank(bench):
     module = importlib.import_module("bench_step")
     with pytest.raises(ConfigError, match=r"--apart .* 2 ranks"):
         module.measure_apart([], SimpleNamespace(), Topology(0, 2, 0, 2, torch.device("cpu"), "torchrun"))
+
+
+def test_attention_measures_every_kernel_and_records_it(bench, tmp_path, capsys, monkeypatch):
+    """By a clock that goes on a millisecond a look; a kernel that is not there is told."""
+    module, milliseconds = importlib.import_module("bench_attention"), itertools.count()
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(milliseconds) / 1e3))
+    monkeypatch.setitem(module.KERNELS, "cuDNN", module.ON_GPUS["cuDNN"])
+    command = ["attention", "configs/quickstart.yaml", "parallel.backend=local", "precision.compute=bf16"]
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert bench.main([*command, "--batch", "4", "--steps", "2", "--rounds", "3", "--json"]) == 0
+    (path,) = (tmp_path / "results").glob("attention_*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["target", "encoder", "decoder, self", "decoder, cross"]
+    for row in rows:
+        assert row["ms"] == dict.fromkeys(("plain", "fused"), [pytest.approx(0.5)] * 3)
+        assert list(row["missing"]) == ["cuDNN"]
+    assert "cuDNN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("attention", ["cross", "self"])
+def test_attention_is_measured_as_the_model_attends(bench, monkeypatch, attention):
+    """Shapes and gradients against those of a live forward, FLOPs against torch's own counter."""
+    module, vit = importlib.import_module("bench_attention"), importlib.import_module("lmim.vit")
+    settings = [f"model.decoder_attention={attention}", "model.depth=2", "model.decoder_num_heads=4"]
+    config = load_config(Path(__file__).parent.parent / "configs" / "quickstart.yaml", settings)
+    model, seen, attend = LatentMIM(config.model, config.objective), set(), vit.attend
+    model.init_weights()
+
+    def watched(q, k, v, kernel):
+        assert k.shape == v.shape
+        if q.ndim == 4:  # else visual cues, which have no heads
+            seen.add((*q.shape[:3], *k.shape[2:], q.requires_grad))
+        return attend(q, k, v, kernel)
+
+    monkeypatch.setattr(vit, "attend", watched)
+    model(torch.zeros(2, 3, 35, 35, dtype=torch.uint8), torch.arange(2), 0.75)
+    found = module.places(config, 2)
+    assert {(p.batch, p.heads, p.queries, p.keys, p.channels, p.gradient) for p in found} == seen
+    for place in found:
+        run = module.once(place, "plain", torch.device("cpu"), torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            run()
+        assert counter.get_total_flops() == round(1e9 * place.gflop)
 
 
 def test_end2end_measures_loader_steps_and_both(bench, tmp_path, capsys, monkeypatch):

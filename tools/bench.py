@@ -3,12 +3,14 @@
     bench.py data --photos DIR [--rounds N] [--json]
     bench.py step CONFIG [section.key=value ...] [--vary KEY=A,B] [--released] [--json]
     bench.py end2end CONFIG [section.key=value ...] [--json]
+    bench.py attention CONFIG [section.key=value ...] [--json]
     bench.py save CONFIG [section.key=value ...] [--json]
     bench.py table
 
 data: images/s per core from files to crops. make_photos.py makes the photos.
 step: images/s of training steps, the time of their parts, MFU, memory; under any launcher.
 end2end: images/s from shards to steps, beside the loader alone and the steps alone; under any launcher.
+attention: milliseconds of one block's attention in each place of the model, by every kernel that is there.
 save: what a checkpoint takes from training, written beside it or in it.
 table: all records of steps.
 
@@ -193,6 +195,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                          "there the released code's shape has memory as it comes, as it would by itself")  # fmt: skip
     step.add_argument("--profile", type=int, default=0, metavar="N", help="name the N longest kernels")
     commands.add_parser("end2end", parents=[stepped], help="images/s from shards to steps, beside each alone")
+    commands.add_parser("attention", parents=[stepped], help="milliseconds of attention alone, by every kernel")
     commands.add_parser("table", help="all records of steps")
     save = commands.add_parser("save", help="what a checkpoint takes from training")
     save.add_argument("config", help="YAML file")
@@ -220,6 +223,11 @@ def main(arguments: list[str] | None = None) -> int:
         from bench_step import on_ranks
 
         return on_ranks(run_end2end, options)
+    elif options.command == "attention":
+        from bench_attention import run_attention
+        from bench_step import on_ranks
+
+        return on_ranks(run_attention, options)
     elif options.command == "table":
         from bench_step import run_table as run
     else:
