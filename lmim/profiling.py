@@ -42,10 +42,10 @@ class Part(NamedTuple):
     def parameters(self) -> int:
         return sum(map(math.prod, self.shapes))
 
-    def largest_group(self, smallest_mb: float = 0.0) -> int:
-        """Return the numbers that are gathered together at most."""
+    def groups(self, smallest_mb: float = 0.0) -> list[int]:
+        """Return the numbers of what is gathered together, the last of them what is left for the part's root."""
         groups = [sum(self.units[place] for place in group) for group in gathered_together(self.units, smallest_mb)]
-        return max([*groups, self.parameters - sum(groups)])
+        return [*groups, self.parameters - sum(groups)]
 
     @property
     def matrices(self) -> int:
@@ -307,10 +307,12 @@ def buffer_bytes(config: Config, split: Split) -> int:
         return 0
     if parallel.backend == "fsdp":
         # the group at work, the next one, and the buffer it comes in; gradients of one, and the buffer they leave in
-        largest = max(part.largest_group(parallel.smallest_group_mb) for part in (parts.online, parts.decoder))
+        largest = max(max(part.groups(parallel.smallest_group_mb)) for part in (parts.online, parts.decoder))
         gathered = FP32 * 3 * largest
         if parallel.keep_gathered:
-            gathered = parts.trained_cut_bytes(1, bf16=half) + parts.target.cut_bytes(1, bf16=half)
+            gathered = parts.trained_cut_bytes(1, bf16=half)
+            if (parallel.shard_ranks or split.world_size) > 1:
+                gathered += parts.target.cut_bytes(1, bf16=half)
         return gathered + FP32 * 2 * largest + unreduced
     flat = FP32 * min(parts.trained, BUCKET)  # the flat copy that a reduction sends
     if parallel.zero_stage == 0:
@@ -318,7 +320,7 @@ def buffer_bytes(config: Config, split: Split) -> int:
     bucket = BUCKET * (FP32 + BF16 * (config.precision.reduce == "bf16"))  # one for each type of gradients
     if parallel.zero_stage < 3:
         return bucket + flat + unreduced
-    kept = FP32 * max(parts.online.largest_group(), parts.decoder.largest_group())
+    kept = FP32 * max(*parts.online.groups(), *parts.decoder.groups())
     if parallel.keep_gathered:
         kept = parts.trained_cut_bytes(1, bf16=half)
     return bucket + flat + unreduced + kept + FP32 * min(PREFETCH, parts.target.parameters)
@@ -462,6 +464,8 @@ def collectives(config: Config, split: Split) -> list[Collective]:
         weights = split.accumulate * (2 * back + target)
         if parallel.keep_gathered:
             weights = split.accumulate * back + target
+        if config.objective.target == "joint":  # a root stays gathered from its one backward to its other
+            weights -= split.accumulate * FP32 * parts.online.groups(parallel.smallest_group_mb)[-1]
         sent = [Collective("all_gather", weights, ranks), Collective("reduce_scatter", ranks * reduced, ranks),
                 Collective("all_reduce", reduced, world // ranks, stride=ranks)]  # fmt: skip
     return [collective for collective in sent if collective.ranks > 1]

@@ -141,6 +141,25 @@ def test_fsdp_does_not_add_micro_batches_up_in_bf16():
         build_backend(config, ALONE, validate(config, 1))
 
 
+@pytest.mark.parametrize(("settings", "cut"), [([], True), (["parallel.shard_ranks=1"], False)])
+def test_fsdp_leaves_a_target_alone_of_which_every_rank_has_a_copy(settings, cut):
+    """With a process group of two that sends nothing."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    config = load_config(REPOSITORY / "configs" / "quickstart.yaml", [*TINY, "parallel.backend=fsdp", *settings])
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        backend = build_backend(config, Topology(0, 2, 0, 2, torch.device("cpu"), "none"), validate(config, 2))
+        backend.prepare(lambda: LatentMIM(config.model, config.objective))
+        wrapped = {name: any(isinstance(m, FSDPModule) for m in part.modules())
+                   for name, part in backend.model.named_children()}  # fmt: skip
+        assert wrapped == dict(online=True, target=cut, decoder=True)
+        backend.close()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_engine_config_is_one_that_deepspeed_takes(stage):
     from deepspeed.runtime.config import DeepSpeedConfig

@@ -213,7 +213,13 @@ SETTINGS = [
     f"data.global_batch=4 {BF16} parallel.backend=fsdp{' precision.gather=bf16' * FSDP_CAN_GATHER_BF16}",
     *(
         f"data.global_batch=4 objective.target=joint {cut}"
-        for cut in (BACKENDS[3], "parallel.backend=fsdp", "parallel.backend=fsdp parallel.keep_gathered=true")
+        for cut in (
+            BACKENDS[3],
+            "parallel.backend=fsdp",
+            "parallel.backend=fsdp parallel.smallest_group_mb=0",
+            "parallel.backend=fsdp parallel.keep_gathered=true",
+            "parallel.backend=fsdp parallel.keep_gathered=true parallel.smallest_group_mb=0",
+        )
     ),
 ]
 

@@ -3,8 +3,9 @@
 Every parameter, of the target too, is a DTensor cut along its first dimension over the `parallel.shard_ranks` ranks
 that share one copy; groups of such ranks hold replicas. The shards are fp32, and so is the target's copy: the EMA moves
 each rank's shard of the target towards its shard of the online encoder, which is cut alike, and communicates nothing.
-A target weight is gathered for the forward of its block and freed again. Small blocks are gathered in groups: every
-group costs the host a millisecond in each direction, and a short message takes as long as one of megabytes.
+A target weight is gathered for the forward of its block and freed again; where each rank has a whole copy, FSDP2 leaves
+the target alone. Small blocks are gathered in groups: each costs the host a millisecond in each direction, and a short
+message takes as long as one of megabytes.
 
 AdamW steps each rank's shards as plain tensors: what it does is the same number by number, while as DTensors several
 hundred weights would take the host milliseconds in every step. Only the gradient's norm crosses ranks.
@@ -108,20 +109,23 @@ class FsdpBackend:
         self.share_a_copy = mesh.get_group("shard") if mesh.size(-1) > 1 else None
         dist.set_timeout(mesh.get_all_groups(), self.config.parallel.timeout_minutes)
         how = dict(mesh=mesh, mp_policy=self.policy, reshard_after_forward=not keep)
-        self.parts = self.model.parts()
-        for part in self.parts:
+        for part in self.model.parts():
+            if not (self.share_a_copy or is_trained(part)):
+                continue  # of the target every rank has a copy, and no gradient to sum: it needs no wrapping
             modules = units(part)
             for group in gathered_together([*map(count_numbers, modules)], self.config.parallel.smallest_group_mb):
                 fully_shard([modules[place] for place in group], **how)
             fully_shard(part, **how)
-        untrained = (part for part in self.parts if not any(p.requires_grad for p in part.parameters()))
+        self.parts = [part for part in self.model.parts() if isinstance(part, FSDPModule)]
+        untrained = (part for part in self.parts if not is_trained(part))
         self.never_backward = [m for part in untrained for m in part.modules() if isinstance(m, FSDPModule)]
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the local shards of target and online encoder, in pairs."""
         pairs = self.model.averages()
         for name, ours, theirs in pairs:
-            alike = ours.placements == theirs.placements and ours.device_mesh == theirs.device_mesh
+            cuts = [(t.placements, t.device_mesh) for t in (ours, theirs) if isinstance(t, DTensor)]
+            alike = self.share_a_copy is None or (len(cuts) == 2 and cuts[0] == cuts[1])
             assert alike and ours.shape == theirs.shape, f"{name} is cut otherwise in the target"
         return [local(target) for _, target, _ in pairs], [local(online) for _, _, online in pairs]
 
@@ -203,6 +207,10 @@ class FsdpBackend:
     def close(self) -> None:
         del self.model, self.optimizer, self.shards, self.parts, self.never_backward
         del self.target_shards, self.online_shards
+
+
+def is_trained(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 @torch.no_grad()
