@@ -159,8 +159,8 @@ def lend_whole(
 def prepare_blocks(model: Trainable, config: Config, device: torch.device) -> None:
     """Choose attention's kernel, set activation checkpointing and compile the model in place, so that names stay.
 
-    It comes before weights are cut. The fused kernel's backward is slow in bf16 on CPUs: two to three times as long as
-    plain products for 177 tokens, and three to seven times for 11 to 40 (`tools/bench_results/README.md`).
+    It comes before weights are cut. The fused kernel's backward is slow in bf16 on CPUs: three times as long as plain
+    products for 177 tokens, and five to nine times for 11 to 40 (`tools/bench_results/README.md`).
     """
     kernel = config.parallel.attention
     if kernel == "auto":
