@@ -303,7 +303,7 @@ def buffer_bytes(config: Config, split: Split) -> int:
     parts, parallel = count_parameters(config), config.parallel
     half = config.precision.gather == "bf16"
     unreduced = FP32 * parts.trained if split.accumulate > 1 else 0  # all micro-batches are reduced once
-    if parallel.backend == "local":
+    if parallel.backend == "local" or (parallel.backend == "fsdp" and split.world_size == 1):
         return 0
     if parallel.backend == "fsdp":
         # the group at work, the next one, and the buffer it comes in; gradients of one, and the buffer they leave in

@@ -36,6 +36,12 @@ BACKENDS = {
 COMPILE, RECOMPUTE = "parallel.compile=true", "parallel.activation_checkpointing=true"
 
 
+@pytest.fixture(autouse=True)
+def fsdp_wraps_on_one_gpu_too(monkeypatch):
+    """By itself it leaves alone what needs no other rank, and here there is none."""
+    monkeypatch.setattr("lmim.parallel.fsdp.needs_others", lambda part, mesh: True)
+
+
 @pytest.fixture(scope="module")
 def gpu():
     """A process group of this process alone, on its GPU."""

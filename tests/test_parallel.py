@@ -207,9 +207,16 @@ def test_what_the_paper_compares_with_works_on_every_backend(outcomes, reference
 
 def test_no_step_reads_a_value(outcomes):
     """What the host reads it must wait for. DeepSpeed's ZeRO-3 looks at its norm in every step."""
-    backends = {name: chosen for name, chosen in {"local": LOCAL, **ZERO, **FSDP}.items() if name != "ZeRO-3"}
-    clipped = {f"{name}, clipped": [*chosen, "optim.clip_norm=0.1"] for name, chosen in backends.items()}
-    for name, ours in outcomes(1, "waits", (), {**backends, **clipped}).items():
+
+    def with_clipping(backends: dict) -> dict:
+        clipped = {f"{name}, clipped": [*chosen, "optim.clip_norm=0.1"] for name, chosen in backends.items()}
+        return {**backends, **clipped}
+
+    sharded = with_clipping({name: chosen for name, chosen in RANKS[2].items() if name != "ZeRO-3"})
+    alone = with_clipping({"local": LOCAL, "FSDP2": FSDP["FSDP2 full"]})
+    found = {**outcomes(2, "waits", (), sharded), **outcomes(1, "waits", (), alone)}
+    assert len(found) == 2 * 7 + 2 * 2
+    for name, ours in found.items():
         assert ours["found"] == [] and ours["norm"] > 0, name
     (read,) = outcomes(1, "waits", (), {"local": LOCAL}, read_loss=True).values()
     assert read["found"] == ["item", "aten._local_scalar_dense.default"]

@@ -141,20 +141,23 @@ def test_fsdp_does_not_add_micro_batches_up_in_bf16():
         build_backend(config, ALONE, validate(config, 1))
 
 
-@pytest.mark.parametrize(("settings", "cut"), [([], True), (["parallel.shard_ranks=1"], False)])
-def test_fsdp_leaves_a_target_alone_of_which_every_rank_has_a_copy(settings, cut):
-    """With a process group of two that sends nothing."""
+@pytest.mark.parametrize(("ranks", "settings", "trained", "target"), [
+    (2, [], True, True), (2, ["parallel.shard_ranks=1"], True, False), (1, [], False, False),
+])  # fmt: skip
+def test_fsdp_wraps_what_needs_other_ranks(ranks, settings, trained, target):
+    """Weights that are cut, and gradients that are summed; by a process group that sends nothing."""
     from torch.distributed.fsdp import FSDPModule
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     config = load_config(REPOSITORY / "configs" / "quickstart.yaml", [*TINY, "parallel.backend=fsdp", *settings])
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        backend = build_backend(config, Topology(0, 2, 0, 2, torch.device("cpu"), "none"), validate(config, 2))
+        topology = Topology(0, ranks, 0, ranks, torch.device("cpu"), "none")
+        backend = build_backend(config, topology, validate(config, ranks))
         backend.prepare(lambda: LatentMIM(config.model, config.objective))
         wrapped = {name: any(isinstance(m, FSDPModule) for m in part.modules())
                    for name, part in backend.model.named_children()}  # fmt: skip
-        assert wrapped == dict(online=True, target=cut, decoder=True)
+        assert wrapped == dict(online=trained, target=target, decoder=trained)
         backend.close()
     finally:
         torch.distributed.destroy_process_group()

@@ -3,9 +3,11 @@
 Every parameter, of the target too, is a DTensor cut along its first dimension over the `parallel.shard_ranks` ranks
 that share one copy; groups of such ranks hold replicas. The shards are fp32, and so is the target's copy: the EMA moves
 each rank's shard of the target towards its shard of the online encoder, which is cut alike, and communicates nothing.
-A target weight is gathered for the forward of its block and freed again; where each rank has a whole copy, FSDP2 leaves
-the target alone. Small blocks are gathered in groups: each costs the host a millisecond in each direction, and a short
-message takes as long as one of megabytes.
+A target weight is gathered for the forward of its block and freed again. Where each rank has a whole copy the target is
+not wrapped, and a rank alone wraps nothing: FSDP2 would copy every weight to where it is.
+
+Small blocks are gathered in groups: each costs the host a millisecond in each direction, and a short message takes as
+long as one of megabytes.
 
 AdamW steps each rank's shards as plain tensors: what it does is the same number by number, while as DTensors several
 hundred weights would take the host milliseconds in every step. Only the gradient's norm crosses ranks.
@@ -110,22 +112,22 @@ class FsdpBackend:
         dist.set_timeout(mesh.get_all_groups(), self.config.parallel.timeout_minutes)
         how = dict(mesh=mesh, mp_policy=self.policy, reshard_after_forward=not keep)
         for part in self.model.parts():
-            if not (self.share_a_copy or is_trained(part)):
-                continue  # of the target every rank has a copy, and no gradient to sum: it needs no wrapping
+            if not needs_others(part, mesh):
+                continue
             modules = units(part)
             for group in gathered_together([*map(count_numbers, modules)], self.config.parallel.smallest_group_mb):
                 fully_shard([modules[place] for place in group], **how)
             fully_shard(part, **how)
         self.parts = [part for part in self.model.parts() if isinstance(part, FSDPModule)]
-        untrained = (part for part in self.parts if not is_trained(part))
+        untrained = (part for part in self.parts if not any(p.requires_grad for p in part.parameters()))
         self.never_backward = [m for part in untrained for m in part.modules() if isinstance(m, FSDPModule)]
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the local shards of target and online encoder, in pairs."""
         pairs = self.model.averages()
         for name, ours, theirs in pairs:
-            cuts = [(t.placements, t.device_mesh) for t in (ours, theirs) if isinstance(t, DTensor)]
-            alike = self.share_a_copy is None or (len(cuts) == 2 and cuts[0] == cuts[1])
+            cuts = [(t.placements, t.device_mesh) if isinstance(t, DTensor) else None for t in (ours, theirs)]
+            alike = self.share_a_copy is None or cuts[0] == cuts[1]
             assert alike and ours.shape == theirs.shape, f"{name} is cut otherwise in the target"
         return [local(target) for _, target, _ in pairs], [local(online) for _, _, online in pairs]
 
@@ -209,8 +211,9 @@ class FsdpBackend:
         del self.target_shards, self.online_shards
 
 
-def is_trained(part: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in part.parameters())
+def needs_others(part: nn.Module, mesh: DeviceMesh) -> bool:
+    """Tell whether a part's weights are gathered over ranks, or its gradients summed; if not, it needs no wrapping."""
+    return mesh.size(-1) > 1 or (mesh.size() > 1 and any(parameter.requires_grad for parameter in part.parameters()))
 
 
 @torch.no_grad()
