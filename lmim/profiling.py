@@ -1,8 +1,9 @@
 """What a configuration costs, from its numbers alone: parameters, FLOPs, bytes kept on a rank and bytes sent.
 
 Owns the analytic model of the network and of what each backend keeps and sends. The invariant: it follows what the
-backends do, not what their names promise; tests compare it with torch's FLOP counter, with the tensors that live
-backends hold, with what autograd saves, and with the collectives that are called.
+backends do, not what their names promise, so how FSDP2 groups weights is stated here; tests compare it with torch's
+FLOP counter, with the tensors that live backends hold, with what autograd saves, and with the collectives that are
+called.
 
 Letters: K patches given · V visible · M masked · P predicted of those · T = 1 + K tokens · Q = 1 + P queries · D
 encoder width · E decoder width · a bytes of a number that enters a matrix product.
@@ -36,7 +37,7 @@ class Part(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]  # of its parameters
     block_matrices: int  # numbers in the matrices inside blocks
     buffers: int  # numbers
-    units: tuple[int, ...]  # numbers in each block and in the projector, which FSDP2 gathers alone or together
+    units: tuple[tuple[int, int], ...]  # of blocks and projector, as FSDP2 may gather them: numbers, those in matrices
 
     @property
     def parameters(self) -> int:
@@ -44,8 +45,15 @@ class Part(NamedTuple):
 
     def groups(self, smallest_mb: float = 0.0) -> list[int]:
         """Return the numbers of what is gathered together, the last of them what is left for the part's root."""
-        groups = [sum(self.units[place] for place in group) for group in gathered_together(self.units, smallest_mb)]
+        numbers = [of_unit for of_unit, _ in self.units]
+        groups = [sum(numbers[place] for place in group) for group in gathered_together(numbers, smallest_mb)]
         return [*groups, self.parameters - sum(groups)]
+
+    def root_bytes(self, smallest_mb: float, *, bf16: bool = False) -> int:
+        """Return the bytes of what is left for the part's root, in fp32 or with matrices in bf16."""
+        grouped = gathered_together([numbers for numbers, _ in self.units], smallest_mb)
+        matrices = self.matrices - sum(self.units[place][1] for group in grouped for place in group)
+        return FP32 * self.groups(smallest_mb)[-1] - (FP32 - BF16) * matrices * bf16
 
     @property
     def matrices(self) -> int:
@@ -98,18 +106,18 @@ def _count(part: nn.Module) -> Part:
         shapes=tuple(tuple(p.shape) for p in part.parameters()),
         block_matrices=sum(p.numel() for p in part.blocks.parameters() if p.ndim == 2),
         buffers=sum(b.numel() for b in part.buffers()),
-        units=tuple(map(count_numbers, units(part))),
+        units=tuple((count_numbers(unit), count_numbers(unit, matrices=True)) for unit in gathered_units(part)),
     )
 
 
-def units(part: nn.Module) -> list[nn.Module]:
+def gathered_units(part: nn.Module) -> list[nn.Module]:
     """Return what of a part FSDP2 gathers when it is needed: blocks, and a projector that is not empty."""
     found = [*part.blocks, *([part.projector] if hasattr(part, "projector") else [])]
     return [module for module in found if count_numbers(module)]
 
 
-def count_numbers(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def count_numbers(module: nn.Module, *, matrices: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2 or not matrices)
 
 
 def gathered_together(numbers: Sequence[int], smallest_mb: float) -> list[list[int]]:
@@ -311,7 +319,7 @@ def buffer_bytes(config: Config, split: Split) -> int:
         gathered = FP32 * 3 * largest
         if parallel.keep_gathered:
             gathered = parts.trained_cut_bytes(1, bf16=half)
-            if (parallel.shard_ranks or split.world_size) > 1:
+            if _copy_ranks(config, split.world_size) > 1:
                 gathered += parts.target.cut_bytes(1, bf16=half)
         return gathered + FP32 * 2 * largest + unreduced
     flat = FP32 * min(parts.trained, BUCKET)  # the flat copy that a reduction sends
@@ -436,10 +444,11 @@ class Collective(NamedTuple):
 def collectives(config: Config, split: Split) -> list[Collective]:
     """Return the collectives of one step, of which the EMA has none; those of a few numbers are left out.
 
-    Gradients are reduced once a step. ZeRO-1 and 2 sum whole buckets on every rank (DeepSpeed's
+    Gradients are reduced once a step (FSDP2 with a joint target and several micro-batches: those of the online
+    encoder's groups twice). ZeRO-1 and 2 sum whole buckets on every rank (DeepSpeed's
     `use_multi_rank_bucket_allreduce`), then gather the stepped weights. Cut weights are gathered in every micro-batch:
-    all parts in its forward, what has a gradient again in its backward unless it is kept. What ZeRO-3 has
-    gathered ahead at the turn (`PREFETCH` numbers at most) it need not gather twice; that is left out.
+    all parts in its forward, what has a gradient again in its backward unless it is kept. What ZeRO-3 has gathered
+    ahead at the turn (`PREFETCH` numbers at most) it need not gather twice; that is left out.
     """
     parts, parallel, precision = count_parameters(config), config.parallel, config.precision
     world, half, numbers = split.world_size, precision.reduce == "bf16", parts.trained
@@ -460,12 +469,18 @@ def collectives(config: Config, split: Split) -> list[Collective]:
         weights = split.accumulate * (back * (1 if parallel.keep_gathered else 2) + target)
         sent = [Collective("all_gather", weights, world), Collective("reduce_scatter", reduced, world)]
     else:
-        reduced = parts.trained_cut_bytes(ranks) * (BF16 if half else FP32) // FP32  # everything in bf16
+        size, smallest_mb = BF16 if half else FP32, parallel.smallest_group_mb
+        reduced = parts.trained_cut_bytes(ranks) * size // FP32  # everything in bf16
         weights = split.accumulate * (2 * back + target)
         if parallel.keep_gathered:
             weights = split.accumulate * back + target
-        if config.objective.target == "joint":  # a root stays gathered from its one backward to its other
-            weights -= split.accumulate * FP32 * parts.online.groups(parallel.smallest_group_mb)[-1]
+        if config.objective.target == "joint":
+            if parallel.keep_gathered:
+                weights = split.accumulate * (back + target)
+            # from its one backward to its other a root stays gathered, and a group reduces what it has summed up
+            weights -= split.accumulate * parts.online.root_bytes(smallest_mb, bf16=how["bf16"])
+            if split.accumulate > 1:
+                reduced += sum(parts.online.groups(smallest_mb)[:-1]) * size // ranks
         sent = [Collective("all_gather", weights, ranks), Collective("reduce_scatter", ranks * reduced, ranks),
                 Collective("all_reduce", reduced, world // ranks, stride=ranks)]  # fmt: skip
     return [collective for collective in sent if collective.ranks > 1]

@@ -145,11 +145,12 @@ def test_attention_measures_every_kernel_and_records_it(bench, tmp_path, capsys,
     assert "cuDNN" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("attention", ["cross", "self"])
-def test_attention_is_measured_as_the_model_attends(bench, monkeypatch, attention):
+@pytest.mark.parametrize("setting", ["model.decoder_attention=cross", "model.decoder_attention=self",
+                                     "objective.target=joint"])  # fmt: skip
+def test_attention_is_measured_as_the_model_attends(bench, monkeypatch, setting):
     """Shapes and gradients against those of a live forward, FLOPs against torch's own counter."""
     module, vit = importlib.import_module("bench_attention"), importlib.import_module("lmim.vit")
-    settings = [f"model.decoder_attention={attention}", "model.depth=2", "model.decoder_num_heads=4"]
+    settings = [setting, "model.depth=2", "model.decoder_num_heads=4", "precision.compute=fp32"]
     config = load_config(Path(__file__).parent.parent / "configs" / "quickstart.yaml", settings)
     model, seen, attend = LatentMIM(config.model, config.objective), set(), vit.attend
     model.init_weights()
@@ -165,7 +166,7 @@ def test_attention_is_measured_as_the_model_attends(bench, monkeypatch, attentio
     found = module.places(config, 2)
     assert {(p.batch, p.heads, p.queries, p.keys, p.channels, p.gradient) for p in found} == seen
     for place in found:
-        run = module.once(place, "plain", torch.device("cpu"), torch.float32)
+        run = module.once(place, "plain", config, Topology(0, 1, 0, 1, torch.device("cpu"), "none"))
         with FlopCounterMode(display=False) as counter:
             run()
         assert counter.get_total_flops() == round(1e9 * place.gflop)

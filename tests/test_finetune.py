@@ -197,7 +197,7 @@ BACKENDS = {
     "ZeRO-0": ["parallel.backend=deepspeed", "parallel.zero_stage=0"],
     "ZeRO-1": ["parallel.backend=deepspeed", "parallel.zero_stage=1"],
     "ZeRO-3": ["parallel.backend=deepspeed", "parallel.zero_stage=3"],
-    "FSDP2": ["parallel.backend=fsdp"],
+    "FSDP2": ["parallel.backend=fsdp", "parallel.smallest_group_mb=0"],
 }
 
 

@@ -30,8 +30,8 @@ LOCAL = ["parallel.backend=local"]
 BACKENDS = {
     "local": LOCAL,
     **{f"ZeRO-{stage}": ["parallel.backend=deepspeed", f"parallel.zero_stage={stage}"] for stage in range(4)},
-    "FSDP2": ["parallel.backend=fsdp"],
-    "FSDP2, kept": ["parallel.backend=fsdp", "parallel.keep_gathered=true"],
+    "FSDP2": ["parallel.backend=fsdp", "parallel.smallest_group_mb=0"],
+    "FSDP2, kept": ["parallel.backend=fsdp", "parallel.smallest_group_mb=0.1", "parallel.keep_gathered=true"],
 }
 COMPILE, RECOMPUTE = "parallel.compile=true", "parallel.activation_checkpointing=true"
 

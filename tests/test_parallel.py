@@ -19,11 +19,11 @@ from tests.ranks import FSDP_CAN_GATHER_BF16, Driver, not_a_number, result, run_
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
 LOCAL = ["parallel.backend=local"]
 ZERO = {f"ZeRO-{stage}": ["parallel.backend=deepspeed", f"parallel.zero_stage={stage}"] for stage in range(4)}
-BLOCKS, PAIRS = "parallel.smallest_group_mb=0", "parallel.smallest_group_mb=0.1"  # as by itself: a group a part
+BLOCKS, PAIRS = "parallel.smallest_group_mb=0", "parallel.smallest_group_mb=0.1"  # by default a tiny part is one group
 FSDP = {
     "FSDP2 full": ["parallel.backend=fsdp", BLOCKS],
     "FSDP2 pairs of blocks": ["parallel.backend=fsdp", PAIRS],
-    "FSDP2 full, kept": ["parallel.backend=fsdp", "parallel.keep_gathered=true"],
+    "FSDP2 full, kept": ["parallel.backend=fsdp", "parallel.keep_gathered=true", PAIRS],
     "FSDP2 replicas": ["parallel.backend=fsdp", "parallel.shard_ranks=1", BLOCKS],
 }
 HSDP = {"FSDP2 HSDP 2x2": ["parallel.backend=fsdp", "parallel.shard_ranks=2", PAIRS]}
@@ -338,7 +338,7 @@ def test_bytes_of_every_collective(outcomes, ranks):
 @pytest.mark.slow
 def test_small_blocks_are_gathered_together(outcomes):
     """Two encoders of two blocks and a projector, a decoder of one block; what is left of each is one group more."""
-    chosen = {"one by one": BLOCKS, "pairs": PAIRS, "parts": "parallel.smallest_group_mb=64"}
+    chosen = {"one by one": BLOCKS, "pairs": PAIRS, "parts": "parallel.smallest_group_mb=32"}
     backends = {name: ["parallel.backend=fsdp", "data.micro_batch=16", size] for name, size in chosen.items()}
     found = outcomes(2, "communication", (), backends)
     calls = {name: (sum(n for key, n in ours["calls"].items() if "allgather" in key),

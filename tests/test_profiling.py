@@ -21,9 +21,17 @@ from lmim import dist
 from lmim.__main__ import main
 from lmim.config import crop_size, load_config, validate
 from lmim.objective import LatentMIM
-from lmim.options import Config
+from lmim.options import Config, ParallelConfig
 from lmim.parallel import prepare_blocks
-from lmim.profiling import activation_bytes, collectives, count_parameters, flops_per_image, state_bytes
+from lmim.profiling import (
+    FP32,
+    activation_bytes,
+    collectives,
+    count_parameters,
+    flops_per_image,
+    gathered_together,
+    state_bytes,
+)
 from tests.backend_costs import measure
 from tests.conftest import REPOSITORY, free_port, process_environment
 from tests.ranks import FSDP_CAN_GATHER_BF16
@@ -219,6 +227,10 @@ SETTINGS = [
             "parallel.backend=fsdp parallel.smallest_group_mb=0",
             "parallel.backend=fsdp parallel.keep_gathered=true",
             "parallel.backend=fsdp parallel.keep_gathered=true parallel.smallest_group_mb=0",
+            "parallel.backend=fsdp data.micro_batch=1",
+            "parallel.backend=fsdp data.micro_batch=1 parallel.smallest_group_mb=0",
+            "parallel.backend=fsdp data.micro_batch=1 parallel.keep_gathered=true",
+            "parallel.backend=fsdp data.micro_batch=1 parallel.keep_gathered=true parallel.smallest_group_mb=0",
         )
     ),
 ]
@@ -265,6 +277,16 @@ def test_two_ranks_hold_and_send_what_is_told(of_two_ranks, settings):
     assert len(of_two_ranks) == len(SETTINGS)
     config = recipe("quickstart", *settings.split())
     assert_told(config, of_two_ranks[SETTINGS.index(settings)], 2)
+
+
+@pytest.mark.parametrize("variant, together", [("base", [2] * 6 + [1]), ("large", [1] * 25), ("huge", [1] * 33)])
+def test_blocks_that_fsdp_gathers_together(variant, together):
+    """By default; the last is the projector."""
+    online = count_parameters(recipe(f"vit_{variant}_imagenet1k")).online
+    groups = gathered_together([numbers for numbers, _ in online.units], ParallelConfig().smallest_group_mb)
+    assert [len(group) for group in groups] == together and sum(together) == len(online.units)
+    assert online.groups(0) == [*(numbers for numbers, _ in online.units), online.groups(0)[-1]]
+    assert FP32 * sum(online.groups()) == online.cut_bytes(1)
 
 
 @pytest.mark.parametrize("keep", ["false", "true"])

@@ -8,7 +8,7 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lmim import dist
 from lmim.config import validate
 from lmim.options import Config
+from lmim.parallel import autocast
 from lmim.profiling import sizes
 from lmim.vit import attend
 
@@ -59,7 +60,7 @@ def places(config: Config, batch: int) -> list[Place]:
     s = sizes(config)
     encoder, decoder = s.D // s.heads, s.E // s.decoder_heads
     found = [
-        Place("target", batch, s.heads, 1 + s.seen, 1 + s.seen, encoder, False),
+        Place("target", batch, s.heads, 1 + s.seen, 1 + s.seen, encoder, config.objective.target == "joint"),
         Place("encoder", batch, s.heads, 1 + s.V, 1 + s.V, encoder, True),
     ]
     if config.model.decoder_attention == "self":
@@ -72,8 +73,10 @@ def places(config: Config, batch: int) -> list[Place]:
     ]
 
 
-def once(place: Place, kernel: str, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
+def once(place: Place, kernel: str, config: Config, topology: dist.Topology) -> Callable[[], Any]:
     """Return what attends once, on random numbers, warmed up; tokens lie before heads, as they leave a linear layer."""
+    device = topology.device
+    dtype = torch.bfloat16 if config.precision.compute == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
         torch.randn(place.batch, tokens, place.heads, place.channels, device=device, generator=generator)
@@ -86,47 +89,50 @@ def once(place: Place, kernel: str, device: torch.device, dtype: torch.dtype) ->
     upstream = torch.ones_like(q)
 
     def run() -> Any:
-        with sdpa_kernel(backend) if backend else contextlib.nullcontext():
-            if place.gradient:
-                return torch.autograd.grad(attend(q, k, v, ours), (q, k, v), upstream)
-            with torch.no_grad():
-                return attend(q, k, v, ours)
+        with sdpa_kernel(backend) if backend else contextlib.nullcontext(), torch.set_grad_enabled(place.gradient):
+            with autocast(topology, config):
+                out = attend(q, k, v, ours)
+            return torch.autograd.grad(out, (q, k, v), upstream) if place.gradient else out
 
     for _ in range(3):
         run()
     return run
 
 
-def measure(place: Place, options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+def measure(place: Place, config: Config, topology: dist.Topology, *, rounds: int, steps: int) -> None:
     """Fill in what every kernel takes, in turn, round after round."""
-    runs = {}
+    runs, device = {}, topology.device
     for kernel in KERNELS | (ON_GPUS if device.type == "cuda" else {}):
         try:
-            runs[kernel] = once(place, kernel, device, dtype)
-        except RuntimeError as error:  # torch: no such kernel for these numbers
+            runs[kernel] = once(place, kernel, config, topology)
+        except RuntimeError as error:  # torch has no such kernel for these numbers, or no memory for it
             place.missing[kernel] = str(error).splitlines()[0]
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for kernel, run in runs.items():
             synchronize(device)
             began = time.perf_counter()
-            for _ in range(options.steps):
+            for _ in range(steps):
                 run()
             synchronize(device)
-            place.ms.setdefault(kernel, []).append(1e3 * (time.perf_counter() - began) / options.steps)
+            place.ms.setdefault(kernel, []).append(1e3 * (time.perf_counter() - began) / steps)
 
 
 def run_attention(options: argparse.Namespace, topology: dist.Topology) -> None:
     """Measure all places and print or record them."""
     config = configured(options, [])
-    batch = validate(config, topology.world_size).micro_batch
-    dtype = torch.bfloat16 if config.precision.compute == "bf16" else torch.float32
-    found = places(config, batch)
+    found = places(config, validate(config, topology.world_size).micro_batch)
     with progress_bar() as progress:
         task = progress.add_task("", total=len(found))
         for place in found:
             progress.update(task, description=place.name)
-            measure(place, options, topology.device, dtype)
+            measure(place, config, topology, rounds=options.rounds, steps=options.steps)
             progress.advance(task)
+    if topology.is_main:
+        report(found, config, options, topology)
+
+
+def report(found: Sequence[Place], config: Config, options: argparse.Namespace, topology: dist.Topology) -> None:
+    """Print the table, and record it if asked."""
     where = device_name(topology.device)
     table = Table(title=f"attention of one block on {where}, {config.precision.compute}", title_justify="left")
     for heading in ("", "batch x heads, queries x keys x channels", "kernel"):

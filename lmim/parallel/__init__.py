@@ -94,14 +94,12 @@ class Backend(Protocol):
         """Free what the backend holds; the process group stays."""
 
 
-def weights_are_cut(config: Config) -> bool:
+def weights_are_cut(config: Config, world_size: int) -> bool:
     """Tell whether a forward gathers weights, and so waits for other ranks."""
     parallel = config.parallel
-    return (
-        parallel.shard_ranks != 1
-        if parallel.backend == "fsdp"
-        else (parallel.backend == "deepspeed" and parallel.zero_stage == 3)
-    )
+    if parallel.backend == "fsdp":
+        return (parallel.shard_ranks or world_size) > 1
+    return parallel.backend == "deepspeed" and parallel.zero_stage == 3
 
 
 def autocast(topology: Topology, config: Config) -> AbstractContextManager:
@@ -156,7 +154,7 @@ def lend_whole(
         yield part
 
 
-def prepare_blocks(model: Trainable, config: Config, device: torch.device) -> None:
+def prepare_blocks(model: Trainable, config: Config, device: torch.device, world_size: int = 1) -> None:
     """Choose attention's kernel, set activation checkpointing and compile the model in place, so that names stay.
 
     It comes before weights are cut. The fused kernel's backward is slow in bf16 on CPUs: three times as long as plain
@@ -168,10 +166,10 @@ def prepare_blocks(model: Trainable, config: Config, device: torch.device) -> No
     choose_attention(model, kernel)
     model.set_grad_checkpointing(config.parallel.activation_checkpointing)
     if config.parallel.compile:
-        _compile(model, config, device)
+        _compile(model, config, device, world_size)
 
 
-def _compile(model: Trainable, config: Config, device: torch.device) -> None:
+def _compile(model: Trainable, config: Config, device: torch.device, world_size: int) -> None:
     """Let a model's parts compile at their first step.
 
     Blocks are compiled one by one: those of a part share a graph, and each can be gathered by itself. What lies
@@ -183,7 +181,8 @@ def _compile(model: Trainable, config: Config, device: torch.device) -> None:
     how = dict(dynamic=False)  # or online and target, which differ in tokens, would share one graph
     # ZeRO-3 gathers by hooks of every layer, between which there is little to compile
     hooked = parallel.backend == "deepspeed" and parallel.zero_stage == 3
-    by_block = device.type != "cpu" or hooked or parallel.backend == "fsdp" or parallel.activation_checkpointing
+    wrapped = parallel.backend == "fsdp" and world_size > 1
+    by_block = device.type != "cpu" or hooked or wrapped or parallel.activation_checkpointing
     by_block = by_block or config.model.drop_path or config.model.dropout or model in model.parts()
     for part in model.parts():
         if by_block:

@@ -1,13 +1,14 @@
 """FSDP2 behind the Backend protocol: `fully_shard` on blocks, over all ranks, in HSDP or as replicas.
 
-Every parameter, of the target too, is a DTensor cut along its first dimension over the `parallel.shard_ranks` ranks
-that share one copy; groups of such ranks hold replicas. The shards are fp32, and so is the target's copy: the EMA moves
-each rank's shard of the target towards its shard of the online encoder, which is cut alike, and communicates nothing.
-A target weight is gathered for the forward of its block and freed again. Where each rank has a whole copy the target is
-not wrapped, and a rank alone wraps nothing: FSDP2 would copy every weight to where it is.
+Over ranks every parameter, of the target too, is a DTensor cut along its first dimension over the
+`parallel.shard_ranks` ranks that share one copy; groups of such ranks hold replicas. The shards are fp32, and so is the
+target's copy: the EMA moves each rank's shard of the target towards its shard of the online encoder, which is cut
+alike, and communicates nothing. A target weight is gathered for the forward of its block and freed again. Where each
+rank has a whole copy the target is not wrapped, and a rank alone wraps nothing: FSDP2 would copy every weight to where
+it is.
 
-Small blocks are gathered in groups: each costs the host a millisecond in each direction, and a short message takes as
-long as one of megabytes.
+Small blocks are gathered in groups: each takes the host some 0.5 ms in each direction
+(`tools/bench_results/README.md`), and a short message is latency.
 
 AdamW steps each rank's shards as plain tensors: what it does is the same number by number, while as DTensors several
 hundred weights would take the host milliseconds in every step. Only the gradient's norm crosses ranks.
@@ -48,7 +49,7 @@ from lmim.optim import (
 )
 from lmim.options import Config
 from lmim.parallel import Trainable, autocast, lend_whole, prepare_blocks
-from lmim.profiling import count_numbers, gathered_together, units
+from lmim.profiling import count_numbers, gathered_together, gathered_units
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
 
@@ -66,7 +67,7 @@ class FsdpBackend:
         self.build = build
         with torch.device("meta"):
             self.model = build()
-        prepare_blocks(self.model, self.config, self.topology.device)
+        prepare_blocks(self.model, self.config, self.topology.device, self.topology.world_size)
         self._shard()
         self.model.to_empty(device=self.topology.device)
         with torch.no_grad():
@@ -114,7 +115,7 @@ class FsdpBackend:
         for part in self.model.parts():
             if not needs_others(part, mesh):
                 continue
-            modules = units(part)
+            modules = gathered_units(part)
             for group in gathered_together([*map(count_numbers, modules)], self.config.parallel.smallest_group_mb):
                 fully_shard([modules[place] for place in group], **how)
             fully_shard(part, **how)
@@ -127,7 +128,7 @@ class FsdpBackend:
         pairs = self.model.averages()
         for name, ours, theirs in pairs:
             cuts = [(t.placements, t.device_mesh) if isinstance(t, DTensor) else None for t in (ours, theirs)]
-            alike = self.share_a_copy is None or cuts[0] == cuts[1]
+            alike = self.share_a_copy is None or cuts[0] == cuts[1] is not None
             assert alike and ours.shape == theirs.shape, f"{name} is cut otherwise in the target"
         return [local(target) for _, target, _ in pairs], [local(online) for _, _, online in pairs]
 
