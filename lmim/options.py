@@ -117,7 +117,7 @@ class ParallelConfig:
     zero_stage: int = 1  # deepspeed: what is cut over ranks: 0 nothing, 1 AdamW, 2 gradients too, 3 weights too
     deepspeed_config: str = ""  # JSON file of further DeepSpeed options, such as offload_optimizer
     shard_ranks: Optional[int] = None  # fsdp: ranks that share one copy; empty: all; fewer: HSDP; 1: replicas
-    smallest_group_mb: float = 32.0  # fsdp: neighbouring blocks are gathered together up to so many MB; 0: each alone
+    smallest_group_mb: float = 32.0  # fsdp: blocks are gathered together until they hold so many MB; 0: each alone
     keep_gathered: bool = False  # fsdp, ZeRO-3: weights stay gathered from forward to backward: faster, more memory
     activation_checkpointing: bool = False  # blocks run again in the backward instead of keeping activations
     compile: bool = False  # torch.compile, block by block; on CPUs part by part where weights are whole

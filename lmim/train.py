@@ -152,11 +152,8 @@ class Run:
         self.saver = checkpoint.Saver(self.folder, self.config, self.topology, self.plan.keep_every)
         self.stragglers, self.hosts = Stragglers(), dist.gather_objects(socket.gethostname())
         cost, told = self._cost()
-        clock = (
-            None
-            if weights_are_cut(self.config, self.topology.world_size)
-            else ForwardClock(self.backend.model, self.topology.device)
-        )
+        cut = weights_are_cut(self.config, self.topology.world_size)
+        clock = None if cut else ForwardClock(self.backend.model, self.topology.device)
         self.meters = Meters(self.topology, self.config.data.global_batch, cost, clock)
         self.unreadable = UnreadableLog(self.folder, self.topology.rank)
         self.sinks: list[Any] = []
