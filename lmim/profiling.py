@@ -28,7 +28,8 @@ from lmim.optim import parameter_groups
 from lmim.options import Config, ModelConfig, ObjectiveConfig
 
 FP32, BF16 = 4, 2  # bytes
-BUCKET, PREFETCH = 50_000_000, 50_000_000  # numbers that DeepSpeed reduces together, and that ZeRO-3 gathers ahead
+BUCKET, PREFETCH = 50_000_000, 50_000_000  # numbers that ZeRO reduces together, and that ZeRO-3 gathers ahead
+ENGINE_BUCKET = 500_000_000  # numbers that DeepSpeed reduces together without ZeRO
 
 
 class Part(NamedTuple):
@@ -322,16 +323,16 @@ def buffer_bytes(config: Config, split: Split) -> int:
             if _copy_ranks(config, split.world_size) > 1:
                 gathered += parts.target.cut_bytes(1, bf16=half)
         return gathered + FP32 * 2 * largest + unreduced
-    flat = FP32 * min(parts.trained, BUCKET)  # the flat copy that a reduction sends
+    sent = FP32 + BF16 * (config.precision.reduce == "bf16")  # of the flat copy that a reduction sends
     if parallel.zero_stage == 0:
-        return flat
-    bucket = BUCKET * (FP32 + BF16 * (config.precision.reduce == "bf16"))  # one for each type of gradients
-    if parallel.zero_stage < 3:
-        return bucket + flat + unreduced
+        return sent * min(parts.trained, ENGINE_BUCKET)
+    bucket = sent * min(parts.trained, BUCKET)
+    if parallel.zero_stage < 3:  # ZeRO-2's gradients wait in a buffer, one for each type
+        return bucket * parallel.zero_stage + unreduced
     kept = FP32 * max(*parts.online.groups(), *parts.decoder.groups())
     if parallel.keep_gathered:
         kept = parts.trained_cut_bytes(1, bf16=half)
-    return bucket + flat + unreduced + kept + FP32 * min(PREFETCH, parts.target.parameters)
+    return 2 * bucket + unreduced + kept + FP32 * min(PREFETCH, parts.target.parameters)
 
 
 class ActivationBytes(NamedTuple):

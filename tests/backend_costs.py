@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,17 +29,21 @@ HYPER = Hyper(lr=1e-3, momentum=0.9, similarity_target=0.5)
 
 
 class CountCollectives(TorchDispatchMode):
-    """Sums up the bytes of whole tensors by collective."""
+    """Sums up the bytes of whole tensors by collective, and finds the largest buffer that is asked for empty."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
+        self.largest_buffer = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._overloadpacket.__name__
         if func.namespace == "c10d" and name in NAMES:
             self.bytes[NAMES[name]] += max(map(_bytes, args))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.empty.memory_format:
+            self.largest_buffer = max(self.largest_buffer, _bytes(out))
+        return out
 
 
 def _bytes(argument: object) -> int:
@@ -83,8 +88,8 @@ def held(backend: Backend, config: Config) -> dict[str, int]:
     )
 
 
-def measure(config: Config, topology: dist.Topology, steps: int = 2) -> dict[str, dict[str, int]]:
-    """Return what a backend holds in the last of some steps, and what is sent in it."""
+def measure(config: Config, topology: dist.Topology, steps: int = 2) -> dict[str, Any]:
+    """Return what a backend holds in the last of some steps, what is sent in it, and its largest buffer; in bytes."""
     split = validate(config, topology.world_size)
     backend = build_backend(config, topology, split)
     backend.prepare(lambda: LatentMIM(config.model, config.objective))
@@ -99,7 +104,7 @@ def measure(config: Config, topology: dist.Topology, steps: int = 2) -> dict[str
                 bytes_held = held(backend, config)
             backend.finish_step()
     backend.close()
-    return dict(held=bytes_held, sent=dict(sent.bytes))
+    return dict(held=bytes_held, sent=dict(sent.bytes), buffer=sent.largest_buffer)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -236,7 +237,7 @@ SETTINGS = [
 ]
 
 
-def assert_told(config: Config, found: dict[str, dict[str, int]], world_size: int) -> None:
+def assert_told(config: Config, found: dict[str, Any], world_size: int) -> None:
     told = state_bytes(config, world_size)._asdict()
     assert {"weights", "gradients", "optimizer"} <= found["held"].keys()
     for kind, held in found["held"].items():
@@ -276,7 +277,9 @@ def of_two_ranks() -> list[dict]:
 def test_two_ranks_hold_and_send_what_is_told(of_two_ranks, settings):
     assert len(of_two_ranks) == len(SETTINGS)
     config = recipe("quickstart", *settings.split())
-    assert_told(config, of_two_ranks[SETTINGS.index(settings)], 2)
+    found = of_two_ranks[SETTINGS.index(settings)]
+    assert_told(config, found, 2)
+    assert found["buffer"] <= max(found["sent"].values())  # nothing waits in more than what is sent
 
 
 @pytest.mark.parametrize("variant, together", [("base", [2] * 6 + [1]), ("large", [1] * 25), ("huge", [1] * 33)])

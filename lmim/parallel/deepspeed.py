@@ -45,7 +45,7 @@ from lmim.optim import (
 )
 from lmim.options import Config
 from lmim.parallel import Trainable, lend, lend_whole, prepare_blocks
-from lmim.parallel.engine import ZERO, engine_config
+from lmim.parallel.engine import ZERO, bucket_size, engine_config
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
 
@@ -74,6 +74,8 @@ class DeepSpeedBackend:
         with torch.device("meta"):
             self.model = build()
         prepare_blocks(self.model, self.config, self.topology.device)
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        self.engine_config[ZERO].setdefault("reduce_bucket_size", bucket_size(trained))
         groups = self.model.parameter_groups(self.config.optim.weight_decay)
         if self.cut:
             self._fill_and_cut()

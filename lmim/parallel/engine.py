@@ -40,8 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "steps_per_print": None,
     # Its own linear layer rounds otherwise under autocast. Without it, ZeRO-3 keeps a bf16 copy of the online weights
     # from forward to backward; parallel.activation_checkpointing spares that too.
-    # Its buffer for gradients is one bucket: by its own default 5e8 numbers, 2 GB in fp32, more than most ViTs have.
-    ZERO: {"memory_efficient_linear": False, "reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": PREFETCH},
+    ZERO: {"memory_efficient_linear": False, "stage3_prefetch_bucket_size": PREFETCH},
 }
 FAR = 10**9  # numbers; DeepSpeed's default: a ViT's weights then stay gathered from forward to backward
 
@@ -75,10 +74,22 @@ def engine_config(config: Config, split: Split) -> dict[str, Any]:
         theirs = _without_auto(_read(Path(parallel.deepspeed_config)))
         _refuse_contradictions(theirs, config, split)
         theirs.pop("train_batch_size", None)
+    if parallel.zero_stage == 1 and not theirs.get(ZERO, {}).get("overlap_comm"):
+        # it reduces gradients from where they lie: copied into its bucket they are flattened again for the collective
+        below = _over(below, {ZERO: {"contiguous_gradients": False}})
     if parallel.zero_stage in (1, 2) and not _offloads(theirs):
         # DeepSpeed's own norm of a cut gradient waits for the device in every step: the backend takes it, and clips
         zero["compute_grad_norm"], fixed["gradient_clipping"] = False, 0.0
     return _over(_over(below, theirs), fixed)
+
+
+def bucket_size(trained: int) -> int:
+    """Return how many of `trained` numbers ZeRO is to reduce together.
+
+    Stages 2 and 3 keep a buffer of that many, ZeRO-2 a new one in every step: by DeepSpeed's default 5e8 numbers, 2 GB
+    in fp32, more than most ViTs have.
+    """
+    return min(BUCKET, trained)
 
 
 def _offloads(options: dict[str, Any]) -> bool:
