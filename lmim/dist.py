@@ -30,7 +30,7 @@ from lmim.heartbeat import Heartbeat
 logger = logging.getLogger(__name__)
 MOST_SILENCE_S = 300.0  # of a rank, whatever the time limit of collectives
 SIDE_TIMEOUT = timedelta(hours=2)  # of what waits for the slowest disk; who is gone is found by the heartbeat
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt, in bytes
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of mallopt: blocks that come from the system each by itself; bytes
 _heartbeat: Heartbeat | None = None
 
 # launcher: names of (rank, world size, rank on this host, ranks on this host)
@@ -142,14 +142,13 @@ def meet(topology: Topology, timeout: timedelta, *, join: bool = False) -> torch
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next step; else it goes back to the system, which clears every page anew.
 
-    Blocks of more than 32 MiB go back in any case. It does nothing where there is no glibc, or its settings are in the
-    environment.
+    It does nothing where there is no glibc, or its settings are in the environment.
     """
     adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     settings = os.environ.get("GLIBC_TUNABLES", "")
     if adjust is None or "glibc.malloc" in settings or any(name.startswith("MALLOC_") for name in os.environ):
         return
-    adjust(_MMAP_THRESHOLD, 32 * 2**20)  # the most that it takes
+    adjust(_MMAP_MAX, 0)  # a threshold would not do: at most 32 MiB, and a flat gradient is larger
     adjust(_TRIM_THRESHOLD, -1)
 
 
