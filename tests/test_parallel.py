@@ -147,6 +147,17 @@ def test_offloaded_state_takes_the_same_steps(outcomes, reference):
 
 
 @pytest.mark.slow
+def test_buckets_reduced_during_the_backward_take_the_same_steps(outcomes, reference):
+    """DeepSpeed's `overlap_comm`, by buckets of a fifth; on four ranks, which have one micro-batch a step each."""
+    overlapped = "parallel.deepspeed_config=tests/data/overlap.json"
+    backends = {name: [*ZERO[name], overlapped] for name in ("ZeRO-1", "ZeRO-2")}
+    expected = reference()
+    for name, ours in outcomes(4, "train", (), backends, resume=True).items():
+        assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-5), name
+        assert difference(ours, expected, "online.") < 1e-5, name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_one_trajectory_in_bf16(outcomes, reference, capsys, ranks):
     moved = ["precision.gather=bf16", "precision.reduce=bf16"]
