@@ -140,16 +140,26 @@ def meet(topology: Topology, timeout: timedelta, *, join: bool = False) -> torch
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next step; else it goes back to the system, which clears every page anew.
+    """Let glibc keep what the main thread frees for the next step; else the system takes it and clears it anew.
 
     It does nothing where there is no glibc, or its settings are in the environment.
     """
-    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    adjust = _of_glibc("mallopt")
     settings = os.environ.get("GLIBC_TUNABLES", "")
     if adjust is None or "glibc.malloc" in settings or any(name.startswith("MALLOC_") for name in os.environ):
         return
     adjust(_MMAP_MAX, 0)  # a threshold would not do: at most 32 MiB, and a flat gradient is larger
     adjust(_TRIM_THRESHOLD, -1)
+
+
+def give_back_freed_memory() -> None:
+    """Give the system what is freed and kept; before a fork, as a child would hold it for as long as it lives."""
+    if trim := _of_glibc("malloc_trim"):
+        trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def init(topology: Topology, timeout_minutes: float, stacks: Path | None = None,

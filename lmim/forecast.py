@@ -243,7 +243,7 @@ def print_plan(told: dict[str, Any]) -> None:
     console.print(_table(told))
     legend = (
         f"GB of a rank; it fits within {USABLE:.0%} of {told['memory_gb']:g} GB. ckpt: activation checkpointing.",
-        "AdamW: and the fp32 copy that ZeRO-1 to 3 step. buffers: gathered weights, buckets, unreduced gradients.",
+        "buffers: gathered weights, buckets, gradients that are not yet reduced.",
         "max micro: the largest micro-batch that fits, a power of two. sent: in a step by each rank, on a ring.",
         "* as configured. > recommended: the first that fits in this order, ckpt only if nothing fits without.",
     )

@@ -272,15 +272,14 @@ class StateBytes(NamedTuple):
 def state_bytes(config: Config, world_size: int) -> StateBytes:
     """Return what one of so many ranks keeps of weights, gradients, AdamW's state and the target; all fp32.
 
-    ZeRO-1 and 2 cut gradients, moments and an fp32 copy of the weights that they step, beside the whole weights: in
-    DeepSpeed 0.19 they differ only while the backward runs. ZeRO-3 and fsdp step the cut weights themselves.
+    ZeRO-1 and 2 cut gradients and moments; in DeepSpeed 0.19 they differ only while the backward runs.
     """
     parts, parallel = count_parameters(config), config.parallel
     buffers = FP32 * (parts.online.buffers + parts.target.buffers + parts.decoder.buffers)
     zero = parallel.zero_stage if parallel.backend == "deepspeed" else 0
     if zero in (1, 2):
         weights, ema = FP32 * parts.trained, FP32 * parts.target.parameters
-        optimizer = 3 * FP32 * -(-parts.trained // world_size)
+        optimizer = 2 * FP32 * -(-parts.trained // world_size)
         return StateBytes(weights + buffers, _gradients_of_zero(parts, world_size), optimizer, ema)
     ranks = _copy_ranks(config, world_size)
     cut, ema = parts.trained_cut_bytes(ranks, flat=zero == 3), parts.target.cut_bytes(ranks, flat=zero == 3)
@@ -323,16 +322,20 @@ def buffer_bytes(config: Config, split: Split) -> int:
             if _copy_ranks(config, split.world_size) > 1:
                 gathered += parts.target.cut_bytes(1, bf16=half)
         return gathered + FP32 * 2 * largest + unreduced
-    sent = FP32 + BF16 * (config.precision.reduce == "bf16")  # of the flat copy that a reduction sends
-    if parallel.zero_stage == 0:
-        return sent * min(parts.trained, ENGINE_BUCKET)
-    bucket = sent * min(parts.trained, BUCKET)
-    if parallel.zero_stage < 3:  # ZeRO-2's gradients wait in a buffer, one for each type
-        return bucket * parallel.zero_stage + unreduced
+    stage, in_bf16 = parallel.zero_stage, config.precision.reduce == "bf16"
+    # the flat copy that a reduction sends; by type, what gradients wait in, which ZeRO-1 has for bf16 alone
+    flat = (FP32 + BF16 * in_bf16) * min(parts.trained, BUCKET if stage else ENGINE_BUCKET)
+    waiting = (FP32 + (BF16 if stage == 3 else FP32) * in_bf16) * min(parts.trained, BUCKET)
+    if stage == 0:
+        return flat
+    if stage == 1:  # reduced once the backward is done
+        return FP32 * parts.trained + flat + waiting * in_bf16
+    if stage == 2:
+        return unreduced + flat + waiting
     kept = FP32 * max(*parts.online.groups(), *parts.decoder.groups())
     if parallel.keep_gathered:
         kept = parts.trained_cut_bytes(1, bf16=half)
-    return 2 * bucket + unreduced + kept + FP32 * min(PREFETCH, parts.target.parameters)
+    return unreduced + flat + waiting + kept + FP32 * min(PREFETCH, parts.target.parameters)
 
 
 class ActivationBytes(NamedTuple):

@@ -92,7 +92,8 @@ def measure(config: Config, topology: dist.Topology, steps: int = 2) -> dict[str
     """Return what a backend holds in the last of some steps, what is sent in it, and its largest buffer; in bytes."""
     split = validate(config, topology.world_size)
     backend = build_backend(config, topology, split)
-    backend.prepare(lambda: LatentMIM(config.model, config.objective))
+    with CountCollectives() as prepared:
+        backend.prepare(lambda: LatentMIM(config.model, config.objective))
     for step in range(steps):  # AdamW's state comes in the first, and ZeRO-3 learns its order
         images = torch.zeros(split.micro_batch, 3, 35, 35, dtype=torch.uint8)
         with CountCollectives() as sent:
@@ -104,7 +105,7 @@ def measure(config: Config, topology: dist.Topology, steps: int = 2) -> dict[str
                 bytes_held = held(backend, config)
             backend.finish_step()
     backend.close()
-    return dict(held=bytes_held, sent=dict(sent.bytes), buffer=sent.largest_buffer)
+    return dict(held=bytes_held, sent=dict(sent.bytes), buffer=max(prepared.largest_buffer, sent.largest_buffer))
 
 
 if __name__ == "__main__":

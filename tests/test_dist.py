@@ -114,15 +114,22 @@ for _ in range(20):
     if _ == 0:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20)
+
+from pathlib import Path
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+kept = resident()
+dist.give_back_freed_memory()
+print(kept - resident())
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
 def test_what_is_freed_is_kept_for_the_next_step():
-    """Of 19 times 176 MiB that are written anew, at most one time's pages come from the system."""
+    """Of 19 times 176 MiB that are written anew, two times' pages at most come from the system; they can go back."""
     environment = process_environment() | dict(PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, "-c", FREED], env=environment, capture_output=True, text=True, check=True)
-    assert float(done.stdout) <= 176
+    anew_mib, given_back_mib = map(float, done.stdout.split())
+    assert anew_mib <= 2 * 176 and given_back_mib > 160
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,23 @@ def test_what_a_json_adds_goes_through(tmp_path):
     assert made["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
+@pytest.mark.parametrize(
+    ("stage", "settings", "theirs", "contiguous"),
+    [
+        (1, "", {}, False),
+        (1, "precision.reduce=bf16", {}, None),
+        (1, "", {"overlap_comm": True}, None),
+        (1, "", {"contiguous_gradients": True}, True),
+        (1, "", None, False),
+        (2, "", {}, None),
+    ],
+)
+def test_zero_1_reduces_gradients_where_they_lie(tmp_path, stage, settings, theirs, contiguous):
+    """Unless they are reduced in bf16 or during the backward, or the user says otherwise; null says nothing."""
+    config = with_json(tmp_path, {"zero_optimization": theirs}, f"parallel.zero_stage={stage}", *settings.split())
+    assert engine_config(config, SPLIT)["zero_optimization"].get("contiguous_gradients") is contiguous
+
+
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), "none")
 
 

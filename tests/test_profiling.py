@@ -25,6 +25,7 @@ from lmim.objective import LatentMIM
 from lmim.options import Config, ParallelConfig
 from lmim.parallel import prepare_blocks
 from lmim.profiling import (
+    ENGINE_BUCKET,
     FP32,
     activation_bytes,
     collectives,
@@ -252,6 +253,12 @@ def assert_told(config: Config, found: dict[str, Any], world_size: int) -> None:
 def test_local_holds_what_is_told(model):
     config = recipe("quickstart", "parallel.backend=local", "data.global_batch=4", *model.split())
     assert_told(config, measure(config, dist.Topology(0, 1, 0, 1, torch.device("cpu"), "none")), 1)
+
+
+def test_gradients_without_zero_are_reduced_in_deepspeeds_own_buckets():
+    from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
+
+    assert MEMORY_OPT_ALLREDUCE_SIZE == ENGINE_BUCKET
 
 
 @pytest.fixture(scope="module")

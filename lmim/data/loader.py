@@ -42,7 +42,7 @@ from lmim.data.sharding import write_shards
 from lmim.data.shards import INDEX, Sample, ShardIndex, ShardReader
 from lmim.data.storage import Damaged, Storage, StorageOptions, is_remote
 from lmim.data.transforms import ImageError, eval_view, train_view
-from lmim.dist import Topology, available_cores, barrier
+from lmim.dist import Topology, available_cores, barrier, give_back_freed_memory
 from lmim.options import Config, DataConfig
 from lmim.randomness import sample_key
 from lmim.stop import ignore_stop_signals
@@ -386,6 +386,8 @@ def _started(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Iterator[Any
     of a step.
     """
     before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+    if loader.num_workers:
+        give_back_freed_memory()
     batches = iter(loader)
     workers = set(multiprocessing.active_children()) - before
     if threading.current_thread() is threading.main_thread():

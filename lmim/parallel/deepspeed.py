@@ -87,10 +87,9 @@ class DeepSpeedBackend:
         self.adamw = build_adamw(groups, self.config.optim)
         self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.adamw, config=self.engine_config)
         dist.set_timeout([self.engine.data_parallel_group], self.config.parallel.timeout_minutes)
-        if self.cut:
-            self._share_masters()
-            if self.config.parallel.compile:
-                self._hide_hooks_from_compiler()
+        self._share_masters()
+        if self.cut and self.config.parallel.compile:
+            self._hide_hooks_from_compiler()
         self._create_moments()
         self.target_weights, self.online_weights = self._pairs()
 
@@ -107,13 +106,21 @@ class DeepSpeedBackend:
             deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=self.engine_config)
 
     def _share_masters(self) -> None:
-        """Let ZeRO-3's fp32 masters be its fp32 weights: it copies them, as it takes a device and its name for two."""
-        optimizer = self.engine.optimizer
-        for master, weights in zip(
-            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
-        ):
+        """Let the fp32 masters that ZeRO steps be its fp32 weights, of which it makes copies."""
+        zero = self.engine.optimizer
+        if self.cut:
+            pairs = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
+        elif self.zero and not zero.cpu_offload:
+            rank = torch.distributed.get_rank(self.engine.data_parallel_group)
+            weights = [partitions[rank] for partitions in zero.parallel_partitioned_bit16_groups]
+            pairs = zip(zero.single_partition_of_fp32_groups, weights, strict=True)
+        else:
+            return
+        for master, weights in pairs:
             if weights is not None and (master.device, master.dtype) == (weights.device, weights.dtype):
                 master.data = weights.data
+        if not self.cut:
+            zero._link_all_hp_params()  # its parameters know their part of the master
 
     def _hide_hooks_from_compiler(self) -> None:
         """Let `torch.compile` break at ZeRO-3's gathering and releasing rather than look into it.

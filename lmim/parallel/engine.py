@@ -74,8 +74,10 @@ def engine_config(config: Config, split: Split) -> dict[str, Any]:
         theirs = _without_auto(_read(Path(parallel.deepspeed_config)))
         _refuse_contradictions(theirs, config, split)
         theirs.pop("train_batch_size", None)
-    if parallel.zero_stage == 1 and not theirs.get(ZERO, {}).get("overlap_comm"):
-        # it reduces gradients from where they lie: copied into its bucket they are flattened again for the collective
+    overlapped = theirs.get(ZERO, {}).get("overlap_comm")
+    if parallel.zero_stage == 1 and precision.reduce == "fp32" and not overlapped:
+        # gradients are reduced from where they lie: copied into a bucket, they are flattened again for the collective.
+        # (In bf16 they would be rounded before they are divided, and again after it.)
         below = _over(below, {ZERO: {"contiguous_gradients": False}})
     if parallel.zero_stage in (1, 2) and not _offloads(theirs):
         # DeepSpeed's own norm of a cut gradient waits for the device in every step: the backend takes it, and clips
@@ -86,15 +88,15 @@ def engine_config(config: Config, split: Split) -> dict[str, Any]:
 def bucket_size(trained: int) -> int:
     """Return how many of `trained` numbers ZeRO is to reduce together.
 
-    Stages 2 and 3 keep a buffer of that many, ZeRO-2 a new one in every step: by DeepSpeed's default 5e8 numbers, 2 GB
-    in fp32, more than most ViTs have.
+    ZeRO-2 and 3, and ZeRO-1 where it copies gradients, have a buffer of that many (all but ZeRO-3 a new one in every
+    step): by DeepSpeed's default 5e8 numbers, 2 GB in fp32, more than most ViTs have.
     """
     return min(BUCKET, trained)
 
 
 def _offloads(options: dict[str, Any]) -> bool:
     """Return whether the engine keeps the optimizer's state on the host."""
-    return (options.get(ZERO, {}).get("offload_optimizer") or {}).get("device", "none") != "none"
+    return options.get(ZERO, {}).get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -141,9 +143,9 @@ def _flat(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _without_auto(options: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is "auto", by which Hugging Face's files ask the program that reads them to choose."""
+    """Leave out what is "auto", by which Hugging Face's files ask the program that reads them to choose, or null."""
     return {key: _without_auto(value) if isinstance(value, dict) else value
-            for key, value in options.items() if value != "auto"}  # fmt: skip
+            for key, value in options.items() if value not in ("auto", None)}  # fmt: skip
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
