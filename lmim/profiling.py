@@ -306,6 +306,15 @@ def _gradients_of_zero(parts: Parts, ranks: int) -> int:
     return FP32 * int(kept.max())
 
 
+def bucket_size(trained: int) -> int:
+    """Return how many of `trained` numbers ZeRO is to reduce together.
+
+    ZeRO-2 and 3, and ZeRO-1 where it copies gradients, have a buffer of that many (all but ZeRO-3 a new one in every
+    step): by DeepSpeed's default 5e8 numbers, 2 GB in fp32, more than most ViTs have.
+    """
+    return min(BUCKET, trained)
+
+
 def buffer_bytes(config: Config, split: Split) -> int:
     """Estimate what a backend holds for a while at the peak: gathered weights, buckets, gradients not yet reduced."""
     parts, parallel = count_parameters(config), config.parallel
@@ -322,20 +331,18 @@ def buffer_bytes(config: Config, split: Split) -> int:
             if _copy_ranks(config, split.world_size) > 1:
                 gathered += parts.target.cut_bytes(1, bf16=half)
         return gathered + FP32 * 2 * largest + unreduced
-    stage, in_bf16 = parallel.zero_stage, config.precision.reduce == "bf16"
-    # the flat copy that a reduction sends; by type, what gradients wait in, which ZeRO-1 has for bf16 alone
-    flat = (FP32 + BF16 * in_bf16) * min(parts.trained, BUCKET if stage else ENGINE_BUCKET)
-    waiting = (FP32 + (BF16 if stage == 3 else FP32) * in_bf16) * min(parts.trained, BUCKET)
+    stage, in_bf16, bucket = parallel.zero_stage, config.precision.reduce == "bf16", bucket_size(parts.trained)
+    sent = FP32 + BF16 * in_bf16  # of each number of the flat copy that a reduction sends
     if stage == 0:
-        return flat
-    if stage == 1:  # reduced once the backward is done
-        return FP32 * parts.trained + flat + waiting * in_bf16
-    if stage == 2:
-        return unreduced + flat + waiting
+        return sent * min(parts.trained, ENGINE_BUCKET)
+    if stage == 1:  # the backward leaves whole gradients; those in bf16 wait in buffers, as ZeRO-2's do
+        return FP32 * parts.trained + (sent + 2 * FP32 * in_bf16) * bucket
+    if stage == 2:  # a buffer for each type
+        return unreduced + (sent + FP32 * (1 + in_bf16)) * bucket
     kept = FP32 * max(*parts.online.groups(), *parts.decoder.groups())
     if parallel.keep_gathered:
         kept = parts.trained_cut_bytes(1, bf16=half)
-    return unreduced + flat + waiting + kept + FP32 * min(PREFETCH, parts.target.parameters)
+    return unreduced + 2 * sent * bucket + kept + FP32 * min(PREFETCH, parts.target.parameters)
 
 
 class ActivationBytes(NamedTuple):

@@ -45,7 +45,8 @@ from lmim.optim import (
 )
 from lmim.options import Config
 from lmim.parallel import Trainable, lend, lend_whole, prepare_blocks
-from lmim.parallel.engine import ZERO, bucket_size, engine_config
+from lmim.parallel.engine import ZERO, engine_config
+from lmim.profiling import bucket_size
 from lmim.schedules import Hyper
 from lmim.store import Piece, whole
 
@@ -106,19 +107,18 @@ class DeepSpeedBackend:
             deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=self.engine_config)
 
     def _share_masters(self) -> None:
-        """Let the fp32 masters that ZeRO steps be its fp32 weights, of which it makes copies."""
+        """Let the fp32 masters that ZeRO steps be its fp32 weights, of which it makes copies; not those on the host."""
         zero = self.engine.optimizer
         if self.cut:
-            pairs = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
+            masters, weights = zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
         elif self.zero and not zero.cpu_offload:
-            rank = torch.distributed.get_rank(self.engine.data_parallel_group)
-            weights = [partitions[rank] for partitions in zero.parallel_partitioned_bit16_groups]
-            pairs = zip(zero.single_partition_of_fp32_groups, weights, strict=True)
+            masters = zero.single_partition_of_fp32_groups
+            weights = [of_ranks[self.topology.rank] for of_ranks in zero.parallel_partitioned_bit16_groups]
         else:
             return
-        for master, weights in pairs:
-            if weights is not None and (master.device, master.dtype) == (weights.device, weights.dtype):
-                master.data = weights.data
+        for master, held in zip(masters, weights, strict=True):
+            if held is not None and (master.device, master.dtype) == (held.device, held.dtype):
+                master.data = held.data
         if not self.cut:
             zero._link_all_hp_params()  # its parameters know their part of the master
 
@@ -254,7 +254,7 @@ class DeepSpeedBackend:
                 if parameter.requires_grad:
                     self._stepped(parameter).copy_(parameter.ds_tensor)
         elif self.zero:
-            self.engine.optimizer.refresh_fp32_params()  # the flat fp32 master follows the weights
+            self.engine.optimizer.refresh_fp32_params()  # a master on the host follows the weights
 
     def abandon(self) -> None:
         if hasattr(self, "one_reduction"):  # closed, now or when it is collected, it would reduce gradients: alone

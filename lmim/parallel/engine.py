@@ -12,7 +12,7 @@ from typing import Any
 
 from lmim.config import ConfigError, Split
 from lmim.options import Config
-from lmim.profiling import BUCKET, PREFETCH
+from lmim.profiling import PREFETCH
 
 # what would break the trajectory or the target's fp32 copy: the value that does no harm, and the reason
 ZERO = "zero_optimization"
@@ -71,7 +71,7 @@ def engine_config(config: Config, split: Split) -> dict[str, Any]:
         fixed["communication_data_type"] = "bf16"  # ZeRO-0 reduces as this says and not as autocast does
     theirs: dict[str, Any] = {}
     if parallel.deepspeed_config:
-        theirs = _without_auto(_read(Path(parallel.deepspeed_config)))
+        theirs = _without_unsaid(_read(Path(parallel.deepspeed_config)))
         _refuse_contradictions(theirs, config, split)
         theirs.pop("train_batch_size", None)
     overlapped = theirs.get(ZERO, {}).get("overlap_comm")
@@ -83,15 +83,6 @@ def engine_config(config: Config, split: Split) -> dict[str, Any]:
         # DeepSpeed's own norm of a cut gradient waits for the device in every step: the backend takes it, and clips
         zero["compute_grad_norm"], fixed["gradient_clipping"] = False, 0.0
     return _over(_over(below, theirs), fixed)
-
-
-def bucket_size(trained: int) -> int:
-    """Return how many of `trained` numbers ZeRO is to reduce together.
-
-    ZeRO-2 and 3, and ZeRO-1 where it copies gradients, have a buffer of that many (all but ZeRO-3 a new one in every
-    step): by DeepSpeed's default 5e8 numbers, 2 GB in fp32, more than most ViTs have.
-    """
-    return min(BUCKET, trained)
 
 
 def _offloads(options: dict[str, Any]) -> bool:
@@ -142,9 +133,9 @@ def _flat(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + key, value
 
 
-def _without_auto(options: dict[str, Any]) -> dict[str, Any]:
+def _without_unsaid(options: dict[str, Any]) -> dict[str, Any]:
     """Leave out what is "auto", by which Hugging Face's files ask the program that reads them to choose, or null."""
-    return {key: _without_auto(value) if isinstance(value, dict) else value
+    return {key: _without_unsaid(value) if isinstance(value, dict) else value
             for key, value in options.items() if value not in ("auto", None)}  # fmt: skip
 
 
