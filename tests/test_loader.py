@@ -356,7 +356,8 @@ def test_workers_end_with_the_loader_even_where_they_ignore_signals(index):
         DataConfig(workers=2, global_batch=BATCH), index, seed=5, size=10, split=Split(1, BATCH, 1),
         topology=Topology(0, 1, 0, 1, CPU, "none"), start_step=0, total_steps=1000,
     )  # fmt: skip
-    next(batches)
+    for _ in range(2):  # one of each worker, which has started by then and ignores signals
+        next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     workers[0].terminate()
